@@ -60,7 +60,7 @@ test-gpu: setup ## what needs a GPU; on a machine without internet see `make gpu
 	@if $(PY) -c 'import nbdev' 2>/dev/null; then $(NOTEBOOKS) --flags gpu; else echo "notebooks with gpu cells: not run, nbdev is not installed"; fi
 
 gpu-wheels: setup ## gather into .whl/ what a GPU machine without internet lacks (HAVE=names of what it has, PYTHON_THERE=3.12)
-	@$(PY) tools/gpu_wheels.py --have $(or $(HAVE),tools/gpu_machine.txt) --python $(or $(PYTHON_THERE),3.12)
+	@$(PY) -m tools.gpu_wheels --have $(or $(HAVE),tools/gpu_machine.txt) --python $(or $(PYTHON_THERE),3.12)
 
 readme: setup ## README.md from nbs/index.ipynb
 	@$(PY) tools/readme.py

@@ -1,4 +1,4 @@
-"""Gather into .whl/ the wheels that FengShen needs and an offline GPU machine lacks: python tools/gpu_wheels.py --have FILE --python 3.12
+"""Gather into .whl/ the wheels that FengShen needs and an offline GPU machine lacks: python -m tools.gpu_wheels --have FILE --python 3.12
 
 FILE has one package name a line (what `pip list --format=freeze` prints there is fine). On that machine the folder is installed with
     python3 -m pip install --no-index --no-deps --target SOMEWHERE .whl/*.whl    and SOMEWHERE put on PYTHONPATH.
@@ -14,7 +14,8 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-ROOT = Path(__file__).resolve().parent.parent
+from tools.pages import ROOT, settings
+
 WHEELS = ROOT / ".whl"
 LIMIT = 20 * 2**20
 GLIBC = (17, 24, 27, 28, 31, 34)
@@ -45,19 +46,16 @@ def needs(name, extras):
 
 def missing(have, extras):
     "Everything FengShen with `extras` needs, directly or not, that is not in `have`."
-    todo, seen, found = [("fengshen", frozenset(extras))], set(), set()
+    keys = ["requirements", *(f"{extra}_requirements" for extra in extras)]
+    first = [Requirement(word) for key in keys for word in settings()[key].split()]
+    todo, seen = [(plain(requirement.name), frozenset(requirement.extras)) for requirement in first], set()
     while todo:
-        item = todo.pop()
-        if item in seen:
-            continue
-        seen.add(item)
-        for name, wanted in needs(*item):
-            # The machine's own packages are complete, but an extra of one (jsonargparse[signatures]) may not be.
-            if name not in have:
-                found.add(name)
-            if name not in have or wanted:
-                todo.append((name, wanted))
-    return sorted(found)
+        name, wanted = todo.pop()
+        # A package that is there is complete, but an extra of it (jsonargparse[signatures]) may not be.
+        if (name, wanted) not in seen and (name not in have or wanted):
+            todo += needs(name, wanted)
+        seen.add((name, wanted))
+    return sorted({name for name, _ in seen} - have)
 
 
 def pins():

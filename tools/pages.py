@@ -7,6 +7,7 @@ python tools/pages.py process FOLDER  process every notebook as the site does, s
 import json
 import re
 import sys
+import warnings
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -56,7 +57,9 @@ def navigation():
     def walk(items, section):
         for item in items:
             if isinstance(item, dict) and "section" in item:
-                walk(item["contents"], f"{section} / {item['section']}" if section else item["section"])
+                inner = f"{section} / {item['section']}" if section else item["section"]
+                walk([item["href"]] if "href" in item else [], inner)
+                walk(item["contents"], inner)
             else:
                 found.setdefault(section, []).append(item["href"] if isinstance(item, dict) else item)
 
@@ -96,6 +99,8 @@ def process(folder):
     from nbdev.processors import FilterDefaults
 
     sys.path.insert(0, str(ROOT))
+    sys.argv = ["nbdev_docs"]  # cells must not see this tool's arguments
+    warnings.filterwarnings("error", "Found cells containing imports")
     for page in notebooks():
         nb = read_nb(NBS / page)
         try:

@@ -1,0 +1,24 @@
+"""What every test shares: where the repository is, and larger data that a checkout may have beside it."""
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def root():
+    "The top of the repository."
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared():
+    "The folder with larger test data: FENGSHEN_SHARED, or ../shared beside the checkout; the test is skipped where there is none."
+    folder = Path(os.environ.get("FENGSHEN_SHARED", ROOT.parent / "shared"))
+    if not (folder / "data").is_dir():
+        pytest.skip(f"no test data in {folder.name}/ beside the checkout (FENGSHEN_SHARED names another place)")
+    return folder
