@@ -8,7 +8,6 @@ __all__ = ['OPENERS', 'PROMPT', 'LONG', 'CHUNK', 'BadLine', 'parse_line', 'field
 
 # %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #c81e728d
 import ast
-import functools
 import gzip
 import hashlib
 import html
@@ -17,7 +16,6 @@ import json
 import lzma
 import zlib
 from array import array
-from bisect import bisect_left
 from pathlib import Path
 
 import numpy as np
@@ -189,10 +187,12 @@ class Long:
 
     def shorten(self, question, prompt, room) -> list:
         "Prompt ids of at most `room` tokens: the question cut from the left, the template whole."
-        if len(prompt) <= room:
-            return prompt
-        encode = lambda start: self.encoder.prompts([self.template(question[start:])])[0]
-        return encode(bisect_left(range(len(question)), True, key=lambda start: len(encode(start)) <= room))
+        while len(prompt) > room:
+            # how many characters the excess is can only be guessed: at least one, so this ends, and two or three rounds are usual
+            excess = max(1, (len(prompt) - room) * len(question) // len(prompt))
+            question = question[excess:]
+            prompt = self.encoder.prompts([self.template(question)])[0]
+        return prompt
 
 # %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #8e296a06
 @patch
