@@ -1,1 +1,45 @@
+"""FengShen: pretrain and finetune language models, Chinese ones first. `import fengshen` loads nothing heavy."""
+
 __version__ = "0.1.0"
+
+LAZY = dict(Run="training.run", export="training.export", generate="pipelines.generate", read_recipe="cli.recipes")
+__all__ = ["fit", *LAZY]
+
+
+def __getattr__(name):
+    """`fengshen.Run` and the like are imported when they are first used."""
+    if name not in LAZY:
+        raise AttributeError(f"module 'fengshen' has no attribute {name!r}; it has {', '.join(__all__)}")
+    from importlib import import_module
+
+    return getattr(import_module(f"fengshen.{LAZY[name]}"), name)
+
+
+def in_notebook():
+    """True in a Jupyter kernel, where a live view can be shown."""
+    import sys
+
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return shell is not None and getattr(shell, "kernel", None) is not None
+
+
+def fit(recipe, live=None, wait=True, **overrides):
+    """Train a recipe: `fengshen.fit("demo", **{"trainer.max_steps": 100})`; the run's folder as a `Run`.
+
+    live: show widgets and train beside the cell (None: in a notebook). wait: with live, wait for the end.
+    overrides: the flags of `fengshen fit`, without dashes.
+    """
+    from fengshen.cli.fit import fit, words
+
+    if not (in_notebook() if live is None else live):
+        return fit(recipe, overrides)
+    from fengshen.training.control import RunControl
+    from fengshen.widgets.live import LiveView
+
+    control = RunControl()
+    view = LiveView(control, command=" ".join(["fengshen fit", *words(recipe, overrides)]))
+    if in_notebook():
+        from IPython.display import display
+
+        display(view)
+    return fit(recipe, overrides, view, control, wait)

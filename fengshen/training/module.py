@@ -7,6 +7,7 @@ __all__ = ['METRICS', 'CausalLMModule', 'Totals', 'enable_checkpointing', 'head_
 
 # %% ../../nbs/api/training/module.ipynb #c81e728d
 import math
+from contextlib import nullcontext
 
 import pytorch_lightning as pl
 import torch
@@ -14,6 +15,8 @@ from torch import nn
 
 from ..models.loading import fit_vocabulary, from_checkpoint, from_config, zero3_context
 from ..models.model_utils import OptimizerConfig, ScheduleConfig, make_optimizer, make_schedule
+from ..tokenizer import load_tokenizer
+from .deepspeed import announce_compile
 from ..utils.core import choice, explain, load_name, patch
 from ..utils.device import device_kind
 from ..utils.kernels.attention import choose_attention, model_inputs
@@ -86,6 +89,14 @@ def configure_model(self: CausalLMModule):
     tokenizer = getattr(self.trainer.datamodule, "tokenizer", None)
     self.model = fit_vocabulary(model, tokenizer) if tokenizer is not None else model
     self.prepare(zero3=self._zero3 is not None)
+
+
+@property
+def _tokenizer(self):
+    return load_tokenizer(self.path, self.hub) if self.path else None
+
+
+CausalLMModule.tokenizer = _tokenizer  # what the data module falls back on
 
 
 @patch
@@ -224,7 +235,7 @@ def on_validation_epoch_end(self: CausalLMModule):
     loss_sum, labels = self.trainer.strategy.reduce(self._valid_sums, reduce_op="sum").tolist()
     loss = loss_sum / max(labels, 1)
     self.valid = dict(loss=loss, perplexity=math.exp(min(loss, 700)), **{k: float(m.compute()) for k, m in self.metrics.items()})
-    self.log_dict({f"valid_{k}": v for k, v in self.valid.items()}, rank_zero_only=True)
+    self.log_dict({f"valid_{k}": v for k, v in self.valid.items()}, sync_dist=True)  # equal on all ranks already; Lightning wants to be told
     ask = getattr(self.trainer.datamodule, "prompts", None)
     self.samples = [] if ask is None or self.n_samples == 0 else self.answer(ask(self.n_samples))
 
@@ -265,8 +276,9 @@ def generate(
 def configure_optimizers(self: CausalLMModule):
     "AdamW in the implementation the strategy needs, with the recipe's schedule per optimizer step."
     strategy = self.trainer.strategy
-    optimizer = make_optimizer(self.model, self.optimizer_config, deepspeed=hasattr(strategy, "deepspeed_engine"),
-                               offload=getattr(strategy, "offload_optimizer", False))
+    offload = getattr(strategy, "offload_optimizer", False)
+    with announce_compile("cpu_adam", "DeepSpeed's optimizer for the host", 30) if offload else nullcontext():
+        optimizer = make_optimizer(self.model, self.optimizer_config, deepspeed=hasattr(strategy, "deepspeed_engine"), offload=offload)
     schedule = make_schedule(optimizer, self.schedule_config, self.trainer.estimated_stepping_batches)
     return dict(optimizer=optimizer, lr_scheduler=dict(scheduler=schedule, interval="step"))
 
