@@ -19,6 +19,7 @@ class RunControl:
     def __init__(self):
         self._go, self._stop, self._lock = threading.Event(), threading.Event(), threading.Lock()
         self._lr = None
+        self.waiting = False  # True while the training thread stands in `wait_if_paused`: the model is at rest
         self._go.set()
 
     @property
@@ -95,7 +96,8 @@ def wait_if_paused(self: RunControl) -> float:
     "Block while paused; returns the seconds spent waiting (0.0 when there was nothing to wait for)."
     if self._go.is_set():
         return 0.0
-    started = time.monotonic()
+    started, self.waiting = time.monotonic(), True
     while not self._go.wait(0.5):
         pass
+    self.waiting = False
     return time.monotonic() - started

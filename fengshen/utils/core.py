@@ -115,7 +115,7 @@ def load_name(
 # %% ../../nbs/api/utils/core.ipynb #33e75ff0
 def patch(f):
     "Add `f` as a method to the class its first parameter is annotated with."
-    cls = f.__annotations__[f.__code__.co_varnames[0]]
+    cls = next(iter(f.__annotations__.values()))  # by order, not by name: a decorator below this one hides the names
     f.__qualname__ = f"{cls.__name__}.{f.__name__}"
     setattr(cls, f.__name__, f)
     return f
