@@ -7,6 +7,7 @@ import sys
 import pytest
 from packaging.requirements import Requirement
 
+from fengshen.utils.core import EXTRAS
 from tools import pages
 
 ROOT = pages.ROOT
@@ -18,6 +19,7 @@ UTILS = "utils.kernels > utils.device > utils.core"
 DEVICE_MODULE = "fengshen.utils.device"
 DEVICES = {"cuda", "mps", "npu", "xpu", "hpu", "mlu"}
 LONGEST = 600
+SELF_AND_STANDARD = sys.stdlib_module_names | {"fengshen"}
 
 
 def modules():
@@ -77,7 +79,8 @@ def test_the_root_is_imported_by_nobody_below():
              if (isinstance(node, ast.Import) and any(alias.name == "fengshen" for alias in node.names))
              or (isinstance(node, ast.ImportFrom) and node.module == "fengshen" and not node.level
                  and any(alias.name != "__version__" and f"fengshen.{alias.name}" not in NAMES for alias in node.names))]
-    assert set(wrong) <= {name for name in wrong if rank(name, LAYERS)[0] >= rank("fengshen.cli", LAYERS)[0]}, wrong
+    below = [name for name in wrong if rank(name, LAYERS)[0] < rank("fengshen.cli", LAYERS)[0]]
+    assert not below, below
 
 
 def test_modules_do_not_import_each_other_in_circles():
@@ -149,14 +152,22 @@ def test_importing_the_root_is_light():
 
 
 def test_what_is_imported_is_declared():
-    "A package that a module imports stands in settings.ini: with the requirements, or with an extra where a missing one is explained."
+    "A package that a module imports stands in settings.ini, or is asked for with `need`, which says how to install it."
     cfg = pages.settings()
     keys = ["requirements", *(f"{extra}_requirements" for extra in cfg["extras"].split() if extra != "dev")]
     declared = {Requirement(word).name.lower().replace("-", "_") for key in keys for word in cfg[key].split()}
     used = {other.split(".")[0]: name for name, path, tree in MODULES for other in imports(name, path, tree)}
     declared |= {"yaml", "lightning_fabric"}  # what pyyaml and pytorch-lightning are imported as, beside their own names
-    missing = {f"{package} ({used[package]})" for package in used if package not in declared | sys.stdlib_module_names | {"fengshen"}}
+    declared |= {node.args[0].value for _, _, tree in MODULES for node in ast.walk(tree)
+                 if isinstance(node, ast.Call) and ast.unparse(node.func) == "need" and isinstance(node.args[0], ast.Constant)}
+    missing = {f"{package} ({used[package]})" for package in used if package.lower() not in declared | SELF_AND_STANDARD}
     assert not missing, f"not in settings.ini: {sorted(missing)}"
+
+
+def test_a_missing_package_is_explained_with_an_extra_that_has_it():
+    cfg = pages.settings()
+    for package, extra in EXTRAS.items():
+        assert package in {Requirement(word).name for word in cfg[f"{extra}_requirements"].split()}, f"fengshen[{extra}] does not bring {package}"
 
 
 def test_light_modules_need_no_extra():
