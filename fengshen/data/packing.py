@@ -39,8 +39,9 @@ def check_lengths(
     lengths = np.asarray(lengths, dtype=np.int64)
     bad = np.flatnonzero((lengths < 1) | (lengths > capacity))
     if len(bad):
-        do = "leave empty documents out" if lengths[bad[0]] < 1 else "cut or drop long documents first (on_long), or raise max_length"
-        raise ValueError(explain(f"{len(bad)} documents cannot be packed, the first is number {bad[0]}: its length", int(lengths[bad[0]]), f"1 to {capacity}", do))
+        first = int(lengths[bad[0]])
+        do = "leave empty documents out" if first < 1 else "cut or drop long documents first (on_long), or raise max_length"
+        raise ValueError(explain(f"{len(bad)} documents cannot be packed, the first is number {bad[0]}: its length", first, f"1 to {capacity}", do))
     return lengths
 
 # %% ../../nbs/api/data/packing.ipynb #d3d94468

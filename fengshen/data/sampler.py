@@ -114,12 +114,13 @@ def load_state_dict(self: GlobalBatchSampler, state):
     "Take up a saved position; a `ValueError` if it belongs to other data or another seed."
     mine = self.state_dict()
     if missing := set(mine) - set(state):
-        raise ValueError(explain("the saved position is incomplete", sorted(state), f"also {', '.join(sorted(missing))}", "it was not saved by this sampler"))
+        raise ValueError(explain("the saved position is incomplete", sorted(state), f"also {', '.join(sorted(missing))}", "not saved by this sampler?"))
     for name, remedy in REMEDIES.items():
         if state[name] != mine[name]:
             raise ValueError(explain(f"cannot resume: {name} differs from the saved run's", mine[name], repr(state[name]), remedy))
     if not (0 <= state["consumed"] < self.size and state["epoch"] >= 0):
-        raise ValueError(explain("the saved position is outside the data", (state["epoch"], state["consumed"]), f"an epoch, and 0 to {self.size - 1} samples"))
+        got = dict(epoch=state["epoch"], consumed=state["consumed"])
+        raise ValueError(explain("the saved position is outside the data", got, f"an epoch from 0, and 0 to {self.size - 1} samples"))
     self.epoch, self.consumed = int(state["epoch"]), int(state["consumed"])
 
 # %% ../../nbs/api/data/sampler.ipynb #37693cfc

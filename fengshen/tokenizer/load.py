@@ -15,7 +15,7 @@ from ..utils.resources import fetch
 def tokenizer_class(
     folder,  # A local folder
 ) -> str:
-    "Name of the transformers class that reads this folder: 'AutoTokenizer', 'GPT2Tokenizer' or 'BertTokenizer'; a `ValueError` where it cannot be told."
+    "Name of the transformers class that reads this folder; a `ValueError` where it cannot be told."
     names = {p.name for p in Path(folder).iterdir()}
     if names & {"tokenizer.json", "tokenizer_config.json"}:
         return "AutoTokenizer"
