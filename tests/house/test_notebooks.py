@@ -95,6 +95,13 @@ def test_imports_have_cells_of_their_own(page):
     assert not mixed, mixed
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_a_script_is_not_started_by_its_notebook(page):
+    "In a notebook `__name__` is '__main__' too, and the arguments are those of whatever runs it; only a file knows `__file__`."
+    started = [ast.unparse(node.test) for tree in exported(page) for node in tree.body if isinstance(node, ast.If)]
+    assert not [test for test in started if "__main__" in test and "__file__" not in test], "add: and '__file__' in globals()"
+
+
 def test_nearly_every_cell_runs():
     left_out, total = pages.not_run()
     pages.print_not_run()
