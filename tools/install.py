@@ -65,7 +65,7 @@ def last_words(log):
 if __name__ == "__main__":
     check_machine()
     print("make setup: installing FengShen and its pinned requirements into .venv; pip downloads for a minute or two (1.6 GB on disk).", flush=True)
-    if not (VENV / "bin/python").exists():
-        venv.create(VENV, with_pip=True)
+    if not (VENV / "bin/pip").exists():
+        venv.create(VENV, with_pip=True, symlinks=True)
     seconds = install(VENV / "setup.log")
     print(f"make setup: ready in {seconds:.0f} s; .venv/bin/python is the one to use.")
