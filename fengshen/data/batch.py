@@ -58,7 +58,7 @@ def pad_rows(
     arrays = dict(input_ids=ids, labels=labels, attention_mask=mask)
     return finish(Batch({k: torch.from_numpy(v) for k, v in arrays.items()}), sum(lengths), tokenizer)
 
-# %% ../../nbs/api/data/batch.ipynb #c74d97b0
+# %% ../../nbs/api/data/batch.ipynb #70efdf2e
 def empty_batch(
     pad_id,  # Any valid token id
     length,  # Length of the row, at least 2
@@ -73,7 +73,7 @@ def empty_batch(
         batch.update(attention_mask=(torch.arange(length) == 0).long()[None])
     return finish(batch, 0, tokenizer)
 
-
+# %% ../../nbs/api/data/batch.ipynb #3c59dc04
 def boundaries(
     lengths,  # Lengths of the documents, in the order of the flattened rows
     total,  # Tokens in the flattened rows; repeated at the end
@@ -85,7 +85,7 @@ def boundaries(
     out[: len(ends)] = ends
     return torch.from_numpy(out)
 
-# %% ../../nbs/api/data/batch.ipynb #98f13708
+# %% ../../nbs/api/data/batch.ipynb #8e296a06
 COLOURS = dict(scored="background:#c8e6c9;color:#1b1b1b", context="color:inherit", pad="background:#e0e0e0;color:#757575")
 
 
@@ -100,7 +100,7 @@ def runs(
     cuts = [0] + [i for i in range(1, len(keys)) if keys[i] != keys[i - 1]] + [len(keys)]
     return [(*keys[a], list(ids[a:b])) for a, b in zip(cuts, cuts[1:])]
 
-
+# %% ../../nbs/api/data/batch.ipynb #02e74f10
 def run_html(
     kind,  # 'scored', 'context' or 'pad'
     ids,  # Token ids of the run
@@ -113,7 +113,7 @@ def run_html(
     text = f"{len(ids)} × pad" if kind == "pad" else text if len(text) <= width else f"{text[:width // 2]} … {text[-width // 2:]}"
     return f'<span style="{COLOURS[kind]}">{html.escape(text)}</span>'
 
-
+# %% ../../nbs/api/data/batch.ipynb #6ea9ab1b
 def row_html(
     ids,  # 1-D sequence of token ids
     labels,  # 1-D sequence, -100 where not scored
@@ -130,7 +130,7 @@ def row_html(
         previous = document
     return "".join(out)
 
-# %% ../../nbs/api/data/batch.ipynb #37693cfc
+# %% ../../nbs/api/data/batch.ipynb #6364d3f0
 def is_padding(
     ids,  # Token ids of a packed row's last document
     labels,  # Its labels
@@ -138,7 +138,7 @@ def is_padding(
     "True for one id repeated with nothing scored: what a packed row is filled with."
     return bool((ids == ids[0]).all() and (labels == -100).all())
 
-
+# %% ../../nbs/api/data/batch.ipynb #e369853d
 def document_numbers(
     batch,  # Batch, padded or packed
 ) -> np.ndarray:
@@ -156,7 +156,7 @@ def document_numbers(
             numbers[row, last] = -1
     return numbers
 
-# %% ../../nbs/api/data/batch.ipynb #8e296a06
+# %% ../../nbs/api/data/batch.ipynb #19ca14e7
 @patch
 def __repr__(self: Batch) -> str:
     "Size, kind, and the share of real and scored tokens."
@@ -167,7 +167,7 @@ def __repr__(self: Batch) -> str:
     counts = f"{self.get('tokens', 0):,} real tokens ({self.get('tokens', 0) / (rows * length):.1%}), {self.get('num_labels', 0):,} scored"
     return f"Batch: {rows} x {length}, {kind}; {counts}"
 
-
+# %% ../../nbs/api/data/batch.ipynb #a5771bce
 @patch
 def _repr_html_(self: Batch) -> str:
     "The first eight rows: scored tokens green, padding grey, a bar between documents."

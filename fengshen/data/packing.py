@@ -30,7 +30,7 @@ def pack(
         rows = place(int(lengths[documents[start]]), row_of[start:end], open_rows, rows)
     return rows_of(documents, row_of)
 
-
+# %% ../../nbs/api/data/packing.ipynb #d3d94468
 def check_lengths(
     lengths,  # 1-D integers
     capacity,  # Tokens of a row
@@ -44,7 +44,7 @@ def check_lengths(
         raise ValueError(explain(f"{len(bad)} documents cannot be packed, the first is number {bad[0]}: its length", first, f"1 to {capacity}", do))
     return lengths
 
-# %% ../../nbs/api/data/packing.ipynb #d3d94468
+# %% ../../nbs/api/data/packing.ipynb #c51ce410
 def place(length, row_of, open_rows, rows) -> int:
     "Fill `row_of` (a view: one entry a document of this length), update `open_rows`, return the new number of rows."
     capacity, done = len(open_rows) - 1, 0
@@ -60,7 +60,7 @@ def place(length, row_of, open_rows, rows) -> int:
     fill_rows(range(rows, rows + new), capacity, length, row_of, done, open_rows)
     return rows + new
 
-
+# %% ../../nbs/api/data/packing.ipynb #aab32389
 def fill_rows(taken, room, length, row_of, done, open_rows) -> int:
     "Put as many documents into the rows `taken`, all with `room`, as they hold; return how many are placed by now."
     each = room // length
@@ -72,13 +72,13 @@ def fill_rows(taken, room, length, row_of, done, open_rows) -> int:
         open_rows[room - rest * length].append(taken[full])
     return done + count
 
-
+# %% ../../nbs/api/data/packing.ipynb #70efdf2e
 def rows_of(documents, row_of) -> list:
     "The documents of each row, from (document, row) pairs."
     order = np.lexsort((documents, row_of))
     return np.split(documents[order], np.flatnonzero(np.diff(row_of[order])) + 1) if len(documents) else []
 
-# %% ../../nbs/api/data/packing.ipynb #c51ce410
+# %% ../../nbs/api/data/packing.ipynb #98f13708
 def fill(
     rows,  # What `pack` returned, or its length
     lengths,  # Tokens of each document
@@ -88,7 +88,7 @@ def fill(
     count = rows if isinstance(rows, int) else len(rows)
     return float(np.sum(lengths, dtype=np.int64)) / (count * capacity) if count else 0.0
 
-# %% ../../nbs/api/data/packing.ipynb #70efdf2e
+# %% ../../nbs/api/data/packing.ipynb #1ff1de77
 class PackedDataset:
     "Rows of documents: item i is the list of samples that share row i."
 
@@ -115,7 +115,7 @@ class PackedDataset:
         "The samples of row i."
         return [self.dataset[int(j)] for j in self.rows[i]]
 
-# %% ../../nbs/api/data/packing.ipynb #98f13708
+# %% ../../nbs/api/data/packing.ipynb #02e74f10
 def pack_rows(
     rows,  # List of rows, a row a list of samples: dicts of 1-D arrays input_ids and labels
     capacity,  # Tokens of a row
@@ -138,14 +138,14 @@ def pack_rows(
     batch = Batch({k: torch.from_numpy(v) for k, v in arrays.items()}, cu_seq_lens=boundaries(flat, ids.size), max_seq_len=capacity)
     return finish(batch, sum(len(s["input_ids"]) for row in rows for s in row), tokenizer)
 
-
+# %% ../../nbs/api/data/packing.ipynb #33e75ff0
 def row_lengths(samples, capacity) -> list:
     "Lengths of a row's documents, the padding that fills it included."
     lengths = [len(s["input_ids"]) for s in samples]
     assert sum(lengths) <= capacity, (sum(lengths), capacity)
     return lengths + [capacity - sum(lengths)] * (sum(lengths) < capacity)
 
-
+# %% ../../nbs/api/data/packing.ipynb #34173cb3
 def positions(lengths) -> np.ndarray:
     "0, 1, 2 ... for each document, one after the other."
     starts = np.cumsum(lengths) - lengths

@@ -44,18 +44,10 @@ class GlobalBatchSampler:
         assert 0 <= rank < world, (rank, world)
         self.size, self.micro_batch, self.accumulate, self.rank, self.world = size, micro_batch, accumulate, rank, world
         self.seed, self.shuffle, self.fingerprint = seed, shuffle, fingerprint
+        self.global_batch = micro_batch * accumulate * world
+        self.steps_per_epoch = -(-size // self.global_batch)
         self.epoch = self.consumed = 0
         self._order = None, None
-
-    @property
-    def global_batch(self) -> int:
-        "Samples of one optimizer step, over all processes."
-        return self.micro_batch * self.accumulate * self.world
-
-    @property
-    def steps_per_epoch(self) -> int:
-        "Optimizer steps of a whole epoch."
-        return -(-self.size // self.global_batch)
 
     def __len__(self) -> int:
         "Optimizer steps of a whole epoch, wherever the sampler stands."
@@ -77,7 +69,7 @@ def window(self: GlobalBatchSampler) -> list:
     starts = [(step * self.world + self.rank) * self.micro_batch for step in range(self.accumulate)]
     return [mine[s : s + self.micro_batch].tolist() for s in starts]
 
-
+# %% ../../nbs/api/data/sampler.ipynb #9bf31c7f
 @patch
 def advance(self: GlobalBatchSampler):
     "Count the current window as seen; after the last one the next epoch begins."
@@ -95,7 +87,7 @@ def __iter__(self: GlobalBatchSampler):
         self.advance()
         yield window
 
-# %% ../../nbs/api/data/sampler.ipynb #1f0e3dad
+# %% ../../nbs/api/data/sampler.ipynb #3c59dc04
 @patch
 def state_dict(self: GlobalBatchSampler) -> dict:
     "{epoch, consumed, seed, size, fingerprint}; `consumed` counts samples of the current epoch."
@@ -123,7 +115,7 @@ def load_state_dict(self: GlobalBatchSampler, state):
         raise ValueError(explain("the saved position is outside the data", got, f"an epoch from 0, and 0 to {self.size - 1} samples"))
     self.epoch, self.consumed = int(state["epoch"]), int(state["consumed"])
 
-# %% ../../nbs/api/data/sampler.ipynb #37693cfc
+# %% ../../nbs/api/data/sampler.ipynb #8e296a06
 class TrainLoader:
     "Micro-batches for training, with the scored tokens of their optimizer step; Lightning saves and restores its position."
 
@@ -140,32 +132,40 @@ class TrainLoader:
         "Micro-batches of a whole epoch on this process."
         return self.sampler.steps_per_epoch * self.sampler.accumulate
 
-    def step(self) -> list:
-        "The batches of the current window, with `step_labels`."
-        batches = [self.collate([self.dataset[i] for i in micro]) for micro in self.sampler.window()]
-        labels = sum(batch["num_labels"] for batch in batches)
-        for batch in batches:
-            batch["step_labels"] = labels
-        return batches
+# %% ../../nbs/api/data/sampler.ipynb #4e732ced
+@patch
+def step(self: TrainLoader) -> list:
+    "The batches of the current window, with `step_labels`."
+    batches = [self.collate([self.dataset[i] for i in micro]) for micro in self.sampler.window()]
+    labels = sum(batch["num_labels"] for batch in batches)
+    for batch in batches:
+        batch["step_labels"] = labels
+    return batches
 
-    def __iter__(self):
-        "The rest of the current epoch; the next call goes on with the next epoch."
-        epoch = self.sampler.epoch
-        while self.sampler.epoch == epoch:
-            *batches, last = self.step()
-            yield from batches
-            self.sampler.advance()
-            yield last
+# %% ../../nbs/api/data/sampler.ipynb #33e75ff0
+@patch
+def __iter__(self: TrainLoader):
+    "The rest of the current epoch; the next call goes on with the next epoch."
+    epoch = self.sampler.epoch
+    while self.sampler.epoch == epoch:
+        *batches, last = self.step()
+        yield from batches
+        self.sampler.advance()
+        yield last
 
-    def state_dict(self) -> dict:
-        "The sampler's position."
-        return self.sampler.state_dict()
+# %% ../../nbs/api/data/sampler.ipynb #34173cb3
+@patch
+def state_dict(self: TrainLoader) -> dict:
+    "The sampler's position."
+    return self.sampler.state_dict()
 
-    def load_state_dict(self, state):
-        "Continue from a saved position."
-        self.sampler.load_state_dict(state)
 
-# %% ../../nbs/api/data/sampler.ipynb #6ea9ab1b
+@patch
+def load_state_dict(self: TrainLoader, state):
+    "Continue from a saved position."
+    self.sampler.load_state_dict(state)
+
+# %% ../../nbs/api/data/sampler.ipynb #1c383cd3
 class EvalLoader:
     "Micro-batches for validation: stored order, every sample once, the same number of steps on every process."
 

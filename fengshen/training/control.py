@@ -19,7 +19,7 @@ class RunControl:
     def __init__(self):
         self._go, self._stop, self._lock = threading.Event(), threading.Event(), threading.Lock()
         self._lr = None
-        self.waiting = False  # True while the training thread stands in `wait_if_paused`: the model is at rest
+        self._resting = False
         self._go.set()
 
     @property
@@ -31,6 +31,11 @@ class RunControl:
     def stopping(self) -> bool:
         "True once somebody asked the training to end."
         return self._stop.is_set()
+
+    @property
+    def waiting(self) -> bool:
+        "True while the training is at rest in a pause: the model may be asked questions."
+        return self._resting and self.paused
 
     @property
     def lr_override(self):
@@ -92,12 +97,21 @@ def stop(self: RunControl):
 
 # %% ../../nbs/api/training/control.ipynb #98f13708
 @patch
+def _rest(self: RunControl) -> bool:
+    with self._lock:
+        self._resting = self.paused
+        return self._resting
+
+
+@patch
 def wait_if_paused(self: RunControl) -> float:
     "Block while paused; returns the seconds spent waiting (0.0 when there was nothing to wait for)."
-    if self._go.is_set():
+    started = time.monotonic()
+    if not self._rest():
         return 0.0
-    started, self.waiting = time.monotonic(), True
-    while not self._go.wait(0.5):
-        pass
-    self.waiting = False
+    try:
+        while self._rest():
+            self._go.wait(0.5)
+    finally:
+        self._resting = False  # an interrupt leaves the loop, and then nobody rests
     return time.monotonic() - started

@@ -91,6 +91,12 @@ def configure_model(self: CausalLMModule):
     self.prepare(zero3=self._zero3 is not None)
 
 
+@patch
+def teardown(self: CausalLMModule, stage):
+    "After the loop, models are built whole again: without this, an export in the same process would get empty shards."
+    self._zero3 = None
+
+
 @property
 def _tokenizer(self):
     return load_tokenizer(self.path, self.hub) if self.path else None

@@ -225,13 +225,14 @@ def marks(
 
 def frame(
     points,  # All drawable points, at least one
+    lost,  # (x, text) of those that have no height; the x axis reaches them as well
     width,  # Pixels of the whole chart
     height,  # Pixels
     top,  # Pixels kept free above the curves
     log_y,  # True: logarithmic y axis
 ) -> Frame:
     "Axes that fit the points."
-    xs, ys = bounds([p[0] for p in points]), bounds([p[1] for p in points], log_y)
+    xs, ys = bounds([p[0] for p in [*points, *lost]]), bounds([p[1] for p in points], log_y)
     x_marks = marks(*xs, 6, whole=all(p[0].is_integer() for p in points))
     y_marks = [(v, f"{v:g}") for v in log_ticks(*ys)] if log_y else marks(*ys)
     left = 30 + max([text_width(label) for _, label in y_marks], default=20)
@@ -278,11 +279,9 @@ def crosses(
     f,  # A `Frame`
     index,  # Which series, from 0
 ) -> list:
-    "A cross at the upper edge for each lost point within the frame, with its value as a tooltip."
-    left, top, right, _ = f.edges
-    inside = [(f.x(x), x, value) for x, value in lost if left <= f.x(x) <= right]
-    colour = COLOURS[index % len(COLOURS)]
-    return [f'<g stroke="{colour}" stroke-width="2"><title>{x:g}: {value}</title><path d="M{p - 4} {top}l8 8m0 -8l-8 8"/></g>' for p, x, value in inside[:200]]
+    "A cross at the upper edge for each lost point (the first 200), with its value as a tooltip."
+    colour, top = COLOURS[index % len(COLOURS)], f.edges[1]
+    return [f'<g stroke="{colour}" stroke-width="2"><title>{x:g}: {value}</title><path d="M{f.x(x) - 4:.1f} {top}l8 8m0 -8l-8 8"/></g>' for x, value in lost[:200]]
 
 # %% ../../nbs/api/utils/charts.ipynb #6c8349cc
 def last_value(
@@ -303,17 +302,17 @@ def line_chart(
 ) -> str:
     "Lines over a common x axis, as a self-contained SVG string."
     series = {name: list(points) for name, points in series.items()}
-    names, high = legend([f"{name} {last_value(points)}" for name, points in series.items()], width, 40)
-    heading = [svg_text(width / 2, 20, title, more='font-weight="bold"'), *names]
+    entries, high = legend([f"{name} {last_value(points)}" for name, points in series.items()], width, 40)
+    heading = [svg_text(width / 2, 20, title, more='font-weight="bold"'), *entries]
     curves = [curve(points, log_y) for points in series.values()]
     points = [p for c in curves for run in c.runs for p in run]
     if not points:
         lost = any(c.lost for c in curves)
         return svg(width, height, title, [*heading, svg_text(width / 2, height / 2, "no finite value yet" if lost else "no data yet")])
-    f = frame(points, width, height, 32 + high, log_y)
+    f = frame(points, [p for c in curves for p in c.lost], width, height, 32 + high, log_y)
     drawn = [path(thin(run), f.x, f.y, look(i)) for i, c in enumerate(curves) for run in c.runs]
-    lost = [cross for i, c in enumerate(curves) for cross in crosses(c.lost, f, i)]
-    return svg(width, height, title, [*heading, *grid(f, x_label, y_label), *drawn, *lost])
+    marks = [cross for i, c in enumerate(curves) for cross in crosses(c.lost, f, i)]
+    return svg(width, height, title, [*heading, *grid(f, x_label, y_label), *drawn, *marks])
 
 # %% ../../nbs/api/utils/charts.ipynb #d82c8d16
 def cell_html(

@@ -33,7 +33,7 @@ from ...utils.resources import resource
 class BadLine(ValueError):
     "A line that is not a question-answer pair; the message says why."
 
-
+# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #8f14e45f
 def parse_line(
     line,  # Bytes of one line
 ) -> dict:
@@ -51,7 +51,7 @@ def parse_line(
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         raise BadLine(reason) from None
 
-# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #45c48cce
+# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #d3d94468
 def field(
     record,  # What a line held
     name,  # "question" or "answer"; also found with a capital letter
@@ -72,7 +72,7 @@ def field(
         raise BadLine(f"{key!r} holds half a character (a lone surrogate)") from None
     return text
 
-# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #c51ce410
+# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #aab32389
 OPENERS = {".xz": lzma.open, ".gz": gzip.open}
 
 
@@ -89,7 +89,7 @@ def numbered_lines(
     except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as e:
         raise ValueError(explain("cannot decompress the file", str(path), "a whole .xz or .gz file", f"copy it again ({e})")) from None
 
-
+# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #70efdf2e
 def read_records(
     data,  # Path of a file, `fengshen:NAME` for a packaged one, or a list of dicts
     bad_line,  # Called with (line number, reason, content) for a line that is no pair; it raises, or counts and returns
@@ -103,7 +103,7 @@ def read_records(
         except BadLine as e:
             bad_line(number, str(e), content)
 
-# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #9bf31c7f
+# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #98f13708
 def refuse_line(
     data,  # The file's path, or the list, for the message
     number,  # Line number
@@ -116,7 +116,7 @@ def refuse_line(
     expected = 'a line like {"question": "头疼怎么办？", "answer": "多休息。"}'
     raise ValueError(explain(f"{where}: {reason}", shown, expected, "correct it, or leave such lines out with data.on_bad_line=skip"))
 
-# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #1f0e3dad
+# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #1ff1de77
 PROMPT = "Question:{question} answer:{answer}"
 
 
@@ -136,7 +136,7 @@ class Template:
         "The prompt's text, up to where the answer begins."
         return self.before + question + self.between
 
-# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #b6d767d2
+# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #02e74f10
 class Encoder:
     "Prompts and answers to token ids, in batches."
 
@@ -154,16 +154,20 @@ class Encoder:
         opened = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id is not None
         self.head = [tokenizer.bos_token_id] if opened else []
 
-    def prompts(self, texts) -> list:
-        "Token ids of each prompt, as generation would make them."
-        ids = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        return [self.head + i for i in ids] if self.head else ids
+# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #6ea9ab1b
+@patch
+def prompts(self: Encoder, texts) -> list:
+    "Token ids of each prompt, as generation would make them."
+    ids = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    return [self.head + i for i in ids] if self.head else ids
 
-    def answers(self, texts) -> list:
-        "Token ids of each answer, without its end; special tokens written in the text are read as plain text."
-        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False, split_special_tokens=True)["input_ids"]
 
-# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #4e732ced
+@patch
+def answers(self: Encoder, texts) -> list:
+    "Token ids of each answer, without its end; special tokens written in the text are read as plain text."
+    return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False, split_special_tokens=True)["input_ids"]
+
+# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #182be0c5
 class Long:
     "Fits pairs that are too long: each method takes (question, prompt ids, answer ids with their end) and returns a list of (prompt, answer) ids."
 
@@ -180,23 +184,27 @@ class Long:
             raise ValueError(explain("max_length is too small for this prompt", max_length, expected, "raise data.max_length or shorten data.prompt"))
         self.least = max(fixed, max_length // 4)
 
-    def whole(self, ids, count) -> int:
-        "`count`, or up to 3 less, so that ids[:count] ends with a whole character."
-        for end in range(count, max(count - 4, 0), -1):
-            if not self.encoder.tokenizer.decode(ids[max(0, end - 8) : end]).endswith("\ufffd"):
-                return end
-        return count
+# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #1c383cd3
+@patch
+def whole(self: Long, ids, count) -> int:
+    "`count`, or up to 3 less, so that ids[:count] ends with a whole character."
+    for end in range(count, max(count - 4, 0), -1):
+        if not self.encoder.tokenizer.decode(ids[max(0, end - 8) : end]).endswith("\ufffd"):
+            return end
+    return count
 
-    def shorten(self, question, prompt, room) -> list:
-        "Prompt ids of at most `room` tokens: the question cut from the left, the template whole."
-        while len(prompt) > room:
-            # how many characters the excess is can only be guessed: at least one, so this ends, and two or three rounds are usual
-            excess = max(1, (len(prompt) - room) * len(question) // len(prompt))
-            question = question[excess:]
-            prompt = self.encoder.prompts([self.template(question)])[0]
-        return prompt
+# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #a5bfc9e0
+@patch
+def shorten(self: Long, question, prompt, room) -> list:
+    "Prompt ids of at most `room` tokens: the question cut from the left, the template whole."
+    while len(prompt) > room:
+        # how many characters the excess is can only be guessed: at least one, so this ends, and two or three rounds are usual
+        excess = max(1, (len(prompt) - room) * len(question) // len(prompt))
+        question = question[excess:]
+        prompt = self.encoder.prompts([self.template(question)])[0]
+    return prompt
 
-# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #02e74f10
+# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #d645920e
 @patch
 def drop(self: Long, question, prompt, answer) -> list:
     "Nothing: the pair is left out."
@@ -210,7 +218,7 @@ def truncate(self: Long, question, prompt, answer) -> list:
     room = self.max_length - len(prompt)
     return [(prompt, answer if len(answer) <= room else answer[: self.whole(answer, room)])]
 
-
+# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #a1d0c6e8
 @patch
 def split(self: Long, question, prompt, answer) -> list:
     "As many samples as the answer needs, in equal parts; the last one has the end."
@@ -222,7 +230,7 @@ def split(self: Long, question, prompt, answer) -> list:
         answer = answer[share:]
     return pieces + [(prompt, answer)]
 
-# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #c16a5320
+# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #d9d4f495
 LONG = dict(error=lambda *pair: [], drop=Long.drop, truncate=Long.truncate, split=Long.split)
 CHOICES = dict(loss_on=dict(answer=1, all=1), on_long=LONG, on_bad_line=dict(error=1, skip=1))
 CHUNK = 1000  # pairs
@@ -253,7 +261,7 @@ class GPT2QADataset:
         self.read(limit)
         self.close()
 
-# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #182be0c5
+# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #642e92ef
 @patch
 def name(self: GPT2QADataset) -> str:
     "The file's name, for messages."
@@ -269,7 +277,7 @@ def read(self: GPT2QADataset, limit):
             self.add(chunk)
             bar.update(len(chunk))
 
-# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #e369853d
+# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #f457c545
 @patch
 def bad_line(self: GPT2QADataset, number, reason, content):
     "Refuse a line, or count it and remember the first twenty, as `on_bad_line` says."
@@ -292,7 +300,7 @@ def add(self: GPT2QADataset, chunk):
         for sample in self.fit(number, question, prompt, answer + [self.encoder.eos]):
             self.store(*sample)
 
-# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #1c383cd3
+# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #c0c7c76d
 @patch
 def fit(self: GPT2QADataset, number, question, prompt, answer) -> list:
     "The samples of a pair, each at most `max_length` long."
@@ -311,7 +319,7 @@ def store(self: GPT2QADataset, prompt, answer):
     self.offsets.append(len(self.ids))
     self.starts.append(len(prompt))
 
-# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #a5bfc9e0
+# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #9a115815
 @patch
 def close(self: GPT2QADataset):
     "Refuse long pairs or an empty set, fix the arrays, print the report."
@@ -326,7 +334,7 @@ def close(self: GPT2QADataset):
     self.report, self.fingerprint = self.make_report(), self.make_fingerprint()
     say("\n".join(self.lines()))
 
-
+# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #d82c8d16
 @patch
 def refuse_long(self: GPT2QADataset):
     "Raise a `ValueError` with the longest pairs and the price of each choice."
@@ -341,7 +349,7 @@ def refuse_long(self: GPT2QADataset):
         f"truncate cuts {sum(lengths) - count * most:,} tokens ({(sum(lengths) - count * most) / total:.1%}), "
         f"split makes about {extra:,} more samples; or raise data.max_length to {max(lengths):,} if the model's context allows"))
 
-# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #d67d8ab4
+# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #b53b3a3d
 @patch
 def make_report(self: GPT2QADataset) -> dict:
     "Counts of pairs, samples and tokens, lengths, what was cut or left out, and three examples."
@@ -355,7 +363,7 @@ def make_report(self: GPT2QADataset) -> dict:
         long=len(self.long_pairs), on_long=self.on_long, tokens_lost=max(0, before - tokens) if self.on_long != "split" else 0,
         bad=self.bad, bad_lines=self.bad_lines, examples=[(self.question(i), self.answer(i)) for i in range(min(3, len(self)))])
 
-
+# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #9f61408e
 @patch
 def lines(self: GPT2QADataset) -> list:
     "The report in one to three lines of text."
@@ -370,7 +378,7 @@ def lines(self: GPT2QADataset) -> list:
         out.append(f"  {r['bad']:,} bad lines were skipped, the first is line {r['bad_lines'][0][0]}: {r['bad_lines'][0][1]}")
     return out
 
-# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #3416a75f
+# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #66f041e1
 @patch
 def make_fingerprint(self: GPT2QADataset) -> str:
     "Hash of all ids, sample borders and scored parts, 32 hex digits."
@@ -379,7 +387,7 @@ def make_fingerprint(self: GPT2QADataset) -> str:
         content.update(part)
     return content.hexdigest()
 
-# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #17e62166
+# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #072b030b
 @patch
 def __len__(self: GPT2QADataset) -> int:
     "Number of samples."
@@ -397,7 +405,7 @@ def __getitem__(self: GPT2QADataset, i) -> dict:
     labels[: max(1, self.starts[i] if self.loss_on == "answer" else 1)] = -100
     return dict(input_ids=ids, labels=labels)
 
-
+# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #7f39f831
 @patch
 def question(self: GPT2QADataset, i) -> str:
     "The question of sample i as the model sees it, cut if it was cut."
@@ -412,7 +420,7 @@ def answer(self: GPT2QADataset, i) -> str:
     ids = self.ids[self.offsets[i] + self.starts[i] : self.offsets[i + 1]].tolist()
     return self.tokenizer.decode(ids[:-1] if ids[-1] == self.encoder.eos else ids)
 
-# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #2838023a
+# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #7cbbc409
 @patch
 def _repr_html_(self: GPT2QADataset) -> str:
     "The report, and the first three samples with their scored tokens green."
@@ -420,13 +428,13 @@ def _repr_html_(self: GPT2QADataset) -> str:
     drawn = [f'<p style="white-space:pre-wrap">{row_html(s["input_ids"], s["labels"], tokenizer=self.tokenizer, width=400)}</p>' for s in samples]
     return f"<p>{html.escape(' '.join(self.lines()))}; <span style='{COLOURS['scored']}'>scored</span></p>{''.join(drawn)}"
 
-
+# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #e2c420d9
 @patch
 def __repr__(self: GPT2QADataset) -> str:
     "The report as text."
     return " ".join(self.lines())
 
-# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #b53b3a3d
+# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #d09bf415
 class GPT2QADataModel(LightningDataModule):
     "Question-answer pairs for a trainer: reads, tokenises, packs and shuffles them."
 
@@ -455,7 +463,7 @@ class GPT2QADataModel(LightningDataModule):
         self.limits = dict(train=limit_train, valid=limit_valid)
         self.sets, self.encoder = {}, None
 
-# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #72b32a1f
+# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #28dd2c79
 @patch
 def load(self: GPT2QADataModel):
     "The tokenizer (the one given, the one named, or the trained model's), and its encoder."
@@ -468,7 +476,7 @@ def load(self: GPT2QADataModel):
     self.encoder = self.encoder or Encoder(self.tokenizer)
     return self.tokenizer
 
-
+# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #d1fe173d
 @patch
 def setup(self: GPT2QADataModel, stage=None):
     "Read and tokenise what this stage needs and has not been read yet."
@@ -481,7 +489,7 @@ def setup(self: GPT2QADataModel, stage=None):
             self.sets[split + "_rows"] = rows = PackedDataset(self.sets[split], self.max_length)
             say(f"  packed into {len(rows):,} rows of {self.max_length:,} tokens, {rows.fill:.1%} full")
 
-# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #66f041e1
+# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #f033ab37
 @patch
 def samples(self: GPT2QADataModel, split):
     "What the loaders of 'train' or 'valid' draw from: packed rows, or pairs."
@@ -490,7 +498,7 @@ def samples(self: GPT2QADataModel, split):
         raise ValueError(explain(f"there is no data to {'train' if split == 'train' else 'validate'} on", getattr(self, split), f"data.{split}", do))
     return self.sets[split + "_rows" if self.packing else split]
 
-
+# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #9778d5d2
 @patch
 def collate(self: GPT2QADataModel, samples):
     "A list of samples (rows when packing) as a `Batch`."
@@ -499,7 +507,7 @@ def collate(self: GPT2QADataModel, samples):
         return pack_rows(samples, self.max_length, pad_id, self.tokenizer)
     return pad_rows(samples, pad_id, self.tokenizer)
 
-
+# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #68d30a95
 @patch
 def place(self: GPT2QADataModel) -> dict:
     "Which process this is, of how many: the trainer's, or one alone."
@@ -520,7 +528,7 @@ def val_dataloader(self: GPT2QADataModel):
     "The validation loader in stored order, or none."
     return EvalLoader(self.samples("valid"), self.valid_micro_batch, self.collate, **self.place()) if self.valid is not None else []
 
-# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #ea5d2f1c
+# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #8613985e
 @patch
 def prompts(
     self: GPT2QADataModel,
