@@ -19,8 +19,12 @@ settings.load_profile("house")
 
 TOKENIZER = load_tokenizer("fengshen:tokenizer_demo")
 END, PAD = TOKENIZER.eos_token_id, TOKENIZER.pad_token_id
-hard = ["<|endoftext|>", "{answer}", "{question}", "answer:", "\r\n", "\u2028", "\x00", "👩‍👩‍👧‍👦", "🇨🇳", "頭疼", "，。？", "é", "e\u0301", "\ufeff", "'\"\\", "  "]
-pieces = st.one_of(st.sampled_from(hard), st.text(st.characters(exclude_categories=["Cs"]), max_size=8), st.text("头疼怎么办多休息少看手机", max_size=30))
+hard = [
+    "<|endoftext|>", "{answer}", "{question}", "answer:", "\r\n", "\u2028", "\x00",
+    "👩‍👩‍👧‍👦", "🇨🇳", "頭疼", "，。？", "é", "e\u0301", "\ufeff", "'\"\\", "  ",
+]
+anything, chinese = st.text(st.characters(exclude_categories=["Cs"]), max_size=8), st.text("头疼怎么办多休息少看手机", max_size=30)
+pieces = st.one_of(st.sampled_from(hard), anything, chinese)
 texts = st.lists(pieces, min_size=1, max_size=6).map("".join).filter(str.strip)
 pairs = st.lists(st.builds(lambda q, a: dict(question=q, answer=a), texts, texts), min_size=1, max_size=6)
 
@@ -56,7 +60,8 @@ def test_the_end_is_learned_though_it_is_the_padding_too(data, packing, everythi
     assert sum(b["num_labels"] for b in batches) == module.sets["train"].report["scored"]
 
 
-long_pairs = st.builds(lambda q, a: dict(question=q, answer=a), st.lists(texts, max_size=12).map("".join).filter(str.strip), st.lists(texts, max_size=12).map("".join).filter(str.strip))
+long_texts = st.lists(texts, min_size=1, max_size=12).map("".join)
+long_pairs = st.builds(lambda q, a: dict(question=q, answer=a), long_texts, long_texts)
 
 
 @given(st.lists(long_pairs, min_size=1, max_size=4), st.integers(40, 200))
@@ -138,11 +143,13 @@ def test_a_damaged_archive_is_named(tmp_path):
 
 
 BAD = [
-    b"", b"null", b"[]", b"3", b'"text"', b"{}", b'{"question": "a"}', b'{"question": "a", "answer": ""}', b'{"question": "a", "answer": " \\n"}',
-    b'{"question": "a", "answer": 1}', b'{"question": "a", "answer": null}', b'{"question": ["a"], "answer": "b"}', b'{"question": "", "answer": "b"}',
-    b'{"question": "a", "answer": "\\ud83d"}', b"{'question': 'a', 'answer': '\\ud83d'}", "{'question': '问', 'answer': '答'}".encode("gb18030"),
-    b'{"question": "a", "answer": "b"', b"{'question': open('x', 'w'), 'answer': 'b'}", b"__import__('os').system('touch owned')", b"[" * 100_000, b"{" * 100_000,
-    b"-" * 50_000 + b"1", b"{'a': 1}", b"{1: 2}", b"{'question': 'a', 'answer': b'b'}", b"\x00", b"{'question': 'a',\x00 'answer': 'b'}", b"(" * 300 + b")" * 300,
+    b"", b"null", b"[]", b"3", b'"text"', b"{}", b"\x00", b"{'a': 1}", b"{1: 2}",
+    b'{"question": "a"}', b'{"question": "a", "answer": ""}', b'{"question": "a", "answer": " \\n"}', b'{"question": "", "answer": "b"}',
+    b'{"question": "a", "answer": 1}', b'{"question": "a", "answer": null}', b'{"question": ["a"], "answer": "b"}', b'{"question": "a", "answer": "b"',
+    b"{'question': 'a', 'answer': b'b'}", b'{"question": "a", "answer": "\\ud83d"}', b"{'question': 'a', 'answer': '\\ud83d'}", b"{'question': 'a', 'answer': b'b'}",
+    "{'question': '问', 'answer': '答'}".encode("gb18030"), b"{'question': 'a',\x00 'answer': 'b'}",
+    b"{'question': open('x', 'w'), 'answer': 'b'}", b"__import__('os').system('touch owned')",
+    b"[" * 100_000, b"{" * 100_000, b"-" * 50_000 + b"1", b"(" * 300 + b")" * 300,
 ]
 
 
@@ -171,7 +178,10 @@ def test_random_bytes_are_a_record_or_a_bad_line(line):
         assert str(e)
 
 
-@given(st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5)), lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=9), x, max_size=3)))
+leaves = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5))
+
+
+@given(st.recursive(leaves, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=9), x, max_size=3)))
 def test_any_record_is_a_text_or_a_bad_line(record):
     for value in (record, dict(question=record)):
         try:
@@ -196,7 +206,10 @@ def test_an_unknown_choice_is_refused(name, value):
         GPT2QADataset(DATA, TOKENIZER, **{name: value})
 
 
-@pytest.mark.parametrize("prompt", ["", "{question}", "{answer}", "{answer}{question}", "{question}{answer}。", "{question}{question}{answer}", "{question} {answer}{answer}"])
+USELESS = ["", "{question}", "{answer}", "{answer}{question}", "{question}{answer}。", "{question}{question}{answer}", "{question} {answer}{answer}"]
+
+
+@pytest.mark.parametrize("prompt", USELESS)
 def test_a_template_that_would_lose_something_is_refused(prompt):
     with pytest.raises(ValueError, match="the prompt cannot be used"):
         Template(prompt)
@@ -289,7 +302,7 @@ def test_the_command_line_takes_its_types():
 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(GPT2QADataModel, "data")
-    values = parser.parse_args(["--data.train", "a.jsonl", "--data.max_length", "64", "--data.packing", "false", "--data.valid_micro_batch", "null"]).data
+    values = parser.parse_args("--data.train a.jsonl --data.max_length 64 --data.packing false --data.valid_micro_batch null".split()).data
     assert (values.train, values.max_length, values.packing, values.valid_micro_batch, values.tokenizer) == ("a.jsonl", 64, False, None, None)
 
 

@@ -143,12 +143,14 @@ class Recorder(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-def fit(folder, max_steps, ckpt=None, split=(2, 2, 1), every=None, **kw):
+QUIET = dict(
+    max_epochs=-1, accelerator="cpu", devices=1, logger=False, use_distributed_sampler=False, enable_progress_bar=False, enable_model_summary=False)
+
+
+def fit(folder, max_steps, ckpt=None, split=(2, 2, 1), every=None):
     module = Recorder()
-    save = pl.callbacks.ModelCheckpoint(folder, filename="{step}", every_n_train_steps=every, save_top_k=-1) if every else None
-    trainer = pl.Trainer(
-        max_steps=max_steps, max_epochs=-1, accumulate_grad_batches=split[1], accelerator="cpu", devices=1, logger=False, use_distributed_sampler=False,
-        enable_progress_bar=False, enable_model_summary=False, callbacks=[save] if save else [], enable_checkpointing=bool(save), **kw)
+    saves = [pl.callbacks.ModelCheckpoint(folder, filename="{step}", every_n_train_steps=every, save_top_k=-1)] if every else []
+    trainer = pl.Trainer(max_steps=max_steps, accumulate_grad_batches=split[1], callbacks=saves, enable_checkpointing=bool(saves), **QUIET)
     trainer.fit(module, loader(split=split), ckpt_path=ckpt)
     return module.seen, trainer
 
@@ -193,6 +195,6 @@ def test_under_lightning_resumed_with_another_micro_batch_the_epoch_is_still_who
 @pytest.mark.filterwarnings("ignore")
 def test_under_lightning_a_checkpoint_of_other_data_is_refused(tmp_path):
     fit(tmp_path, max_steps=1, every=1)
-    module, trainer = Recorder(), pl.Trainer(max_steps=2, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
+    trainer = pl.Trainer(max_steps=2, enable_checkpointing=False, **QUIET)
     with pytest.raises(ValueError, match="size differs"):
-        trainer.fit(module, loader(size=12), ckpt_path=tmp_path / "step=1.ckpt")
+        trainer.fit(Recorder(), loader(size=12), ckpt_path=tmp_path / "step=1.ckpt")
