@@ -145,8 +145,9 @@ def test_a_damaged_archive_is_named(tmp_path):
 BAD = [
     b"", b"null", b"[]", b"3", b'"text"', b"{}", b"\x00", b"{'a': 1}", b"{1: 2}",
     b'{"question": "a"}', b'{"question": "a", "answer": ""}', b'{"question": "a", "answer": " \\n"}', b'{"question": "", "answer": "b"}',
-    b'{"question": "a", "answer": 1}', b'{"question": "a", "answer": null}', b'{"question": ["a"], "answer": "b"}', b'{"question": "a", "answer": "b"',
-    b"{'question': 'a', 'answer': b'b'}", b'{"question": "a", "answer": "\\ud83d"}', b"{'question': 'a', 'answer': '\\ud83d'}", b"{'question': 'a', 'answer': b'b'}",
+    b'{"question": "a", "answer": 1}', b'{"question": "a", "answer": null}', b'{"question": ["a"], "answer": "b"}',
+    b'{"question": "a", "answer": "b"', b'{"question": "a", "answer": "\\ud83d"}', b"{'question': 'a', 'answer': '\\ud83d'}",
+    b"{'question': 'a', 'answer': b'b'}",
     "{'question': '问', 'answer': '答'}".encode("gb18030"), b"{'question': 'a',\x00 'answer': 'b'}",
     b"{'question': open('x', 'w'), 'answer': 'b'}", b"__import__('os').system('touch owned')",
     b"[" * 100_000, b"{" * 100_000, b"-" * 50_000 + b"1", b"(" * 300 + b")" * 300,
