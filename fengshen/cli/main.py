@@ -117,5 +117,5 @@ def main(
     return 0
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and "__file__" in globals():
     sys.exit(main())

@@ -170,8 +170,10 @@ def svg(
     parts,  # SVG elements
 ) -> str:
     "A self-contained SVG that shrinks with its column."
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
-            f'aria-label="{html.escape(str(label))}" style="max-width:100%;height:auto" font-family="sans-serif" font-size="12">' + "".join(parts) + "</svg>")
+    size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}" style="max-width:100%;height:auto"'
+    label = f'role="img" aria-label="{html.escape(str(label))}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} {label} font-family="sans-serif" font-size="12">'
+    return head + "".join(parts) + "</svg>"
 
 
 def path(
@@ -281,7 +283,9 @@ def crosses(
 ) -> list:
     "A cross at the upper edge for each lost point (the first 200), with its value as a tooltip."
     colour, top = COLOURS[index % len(COLOURS)], f.edges[1]
-    return [f'<g stroke="{colour}" stroke-width="2"><title>{x:g}: {value}</title><path d="M{f.x(x) - 4:.1f} {top}l8 8m0 -8l-8 8"/></g>' for x, value in lost[:200]]
+    cross = f"{top}l8 8m0 -8l-8 8"
+    return [f'<g stroke="{colour}" stroke-width="2"><title>{x:g}: {value}</title><path d="M{f.x(x) - 4:.1f} {cross}"/></g>'
+            for x, value in lost[:200]]
 
 # %% ../../nbs/api/utils/charts.ipynb #6c8349cc
 def last_value(

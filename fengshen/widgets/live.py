@@ -77,7 +77,8 @@ def build(self: LiveView, w):
     self.chart, self.command = w.HTML(), w.HTML()
     self.pause_button = w.Button(description=words["pause"], icon="pause")
     self.stop_button = w.Button(description=words["stop"], icon="stop", button_style="warning")
-    self.lr_field = w.Text(placeholder=words["unchanged"], description=words["new_lr"], style=dict(description_width="initial"), layout=dict(width="20em"))
+    self.lr_field = w.Text(placeholder=words["unchanged"], description=words["new_lr"],
+                           style=dict(description_width="initial"), layout=dict(width="20em"))
     self.pause_button.on_click(lambda _: self.pause_or_resume())
     self.stop_button.on_click(lambda _: self.stop())
     figures = w.HBox(list(self.labels.values()), layout=dict(flex_flow="row wrap", grid_gap="0 1.5em"))

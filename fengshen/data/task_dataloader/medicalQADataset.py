@@ -16,6 +16,7 @@ import json
 import lzma
 import zlib
 from array import array
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -500,11 +501,11 @@ def samples(self: GPT2QADataModel, split):
 
 # %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #9778d5d2
 @patch
-def collate(self: GPT2QADataModel, samples):
-    "A list of samples (rows when packing) as a `Batch`."
+def collate(self: GPT2QADataModel, samples, rows=1):
+    "A list of samples (rows when packing) as a `Batch`; a packed one is filled with empty rows to `rows`, so that all have one shape."
     pad_id = self.encoder.pad
     if self.packing:
-        return pack_rows(samples, self.max_length, pad_id, self.tokenizer)
+        return pack_rows(list(samples) + [[]] * (rows - len(samples)), self.max_length, pad_id, self.tokenizer)
     return pad_rows(samples, pad_id, self.tokenizer)
 
 # %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #68d30a95
@@ -520,13 +521,16 @@ def train_dataloader(self: GPT2QADataModel) -> TrainLoader:
     rows = self.samples("train")
     accumulate = self.trainer.accumulate_grad_batches if self.trainer else 1
     sampler = GlobalBatchSampler(len(rows), self.micro_batch, accumulate, **self.place(), seed=self.seed, fingerprint=rows.fingerprint)
-    return TrainLoader(rows, sampler, self.collate)
+    return TrainLoader(rows, sampler, partial(self.collate, rows=self.micro_batch))
 
 
 @patch
 def val_dataloader(self: GPT2QADataModel):
     "The validation loader in stored order, or none."
-    return EvalLoader(self.samples("valid"), self.valid_micro_batch, self.collate, **self.place()) if self.valid is not None else []
+    if self.valid is None:
+        return []
+    collate = partial(self.collate, rows=self.valid_micro_batch)
+    return EvalLoader(self.samples("valid"), self.valid_micro_batch, collate, **self.place())
 
 # %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #8613985e
 @patch
