@@ -24,6 +24,13 @@ def test_any_series_gives_a_well_formed_picture(series, words, log_y):
     ET.fromstring(picture)
     assert "nan," not in picture and ",nan" not in picture and "inf," not in picture
     assert all(0 <= x <= 640 and 0 <= y <= 300 for x, y in coordinates(picture))
+    assert all(0 <= float(x) <= 640 for x in re.findall(r'<path d="M(\S+)', picture))
+
+
+def test_the_usual_end_of_a_bad_run_is_in_the_picture():
+    "The loss becomes NaN and stays so: the axis reaches to the last step."
+    picture = line_chart({"train": [(1, 7.0), (2, 9.0), (3, math.nan), (400, math.nan)]})
+    assert "<title>400: nan</title>" in picture and "train nan" in picture
 
 
 @settings(max_examples=200, deadline=None)
