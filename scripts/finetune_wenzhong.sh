@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# Finetune Wenzhong-GPT2-3.5B on question-answer pairs with DeepSpeed ZeRO-3.
+#
+#   bash finetune_wenzhong.sh                    one process on one GPU (12 GB; the host holds the weights: 100 GB)
+#   GPUS=8 bash finetune_wenzhong.sh             torchrun on this machine
+#   NODES=2 GPUS=8 HEAD=node0 bash ...           torchrun on several machines: the same line on each of them
+#   sbatch finetune_wenzhong.sh                  Slurm: nodes and GPUs are those of the #SBATCH lines
+#   DRY_RUN=1 bash finetune_wenzhong.sh          print the command and stop
+#
+# Words after the script's name go to `fengshen fit` and win over the recipe: --trainer.max_epochs 3 --model.optimizer.lr 3e-5
+# Learning rate, batch, epochs and the rest stand in the recipe: `fengshen recipes cat wenzhong_qa_offload`.
+
+# ---- Slurm: these lines are read by sbatch alone; change them to your cluster, or delete them ----
+#SBATCH --job-name=finetune_wenzhong
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=1
+#SBATCH --cpus-per-task=16
+#SBATCH --mem=128G
+#SBATCH --output=%x-%j.log
+# ---------------------------------------------------------------------------------------------------
+
+set -euo pipefail
+
+TRAIN="${TRAIN:-train.jsonl}"                        # a line for each pair: {"question": "...", "answer": "..."}
+VALID="${VALID:-}"                                   # the same, to validate on; empty: no validation
+MODEL="${MODEL:-IDEA-CCNL/Wenzhong-GPT2-3.5B}"       # a hub id, or the folder that holds the model
+RECIPE="${RECIPE:-wenzhong_qa_offload}"              # or wenzhong_qa with --trainer.strategy zero3: an 80 GB GPU, faster; or your own YAML
+RUN_DIR="${RUN_DIR:-runs/finetune_wenzhong}"         # checkpoints, record and export; on several machines a folder that all of them see
+NODES="${NODES:-${SLURM_JOB_NUM_NODES:-1}}"          # machines
+GPUS="${GPUS:-${SLURM_GPUS_ON_NODE:-1}}"             # processes on each machine, one a GPU
+HEAD="${HEAD:-localhost}"                            # the machine where the processes meet; under Slurm the first of the job
+PORT="${PORT:-$((20000 + ${SLURM_JOB_ID:-9500} % 20000))}"  # a port that is free there; under Slurm another for each job
+
+fit=(fit -c "$RECIPE" --model.path "$MODEL" --data.train "$TRAIN" --run_dir "$RUN_DIR")
+if [ -n "$VALID" ]; then fit+=(--data.valid "$VALID"); fi
+# Lightning takes its place among the processes from torchrun, and checks it against these two
+fit+=(--trainer.devices "$GPUS" --trainer.num_nodes "$NODES" "$@")
+
+if [ -n "${SLURM_JOB_ID:-}" ]; then
+    HEAD="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
+    HEAD="${HEAD%%$'\n'*}"
+    command=(srun --nodes "$NODES" --ntasks "$NODES" --ntasks-per-node 1)
+else
+    command=()
+fi
+if [ -n "${SLURM_JOB_ID:-}" ] || [ "$NODES" -gt 1 ]; then
+    command+=(torchrun --nnodes "$NODES" --nproc_per_node "$GPUS" --rdzv_backend c10d --rdzv_endpoint "$HEAD:$PORT" --rdzv_id "${SLURM_JOB_ID:-wenzhong}")
+    command+=(-m fengshen.cli.main "${fit[@]}")
+elif [ "$GPUS" -gt 1 ]; then
+    command+=(torchrun --standalone --nproc_per_node "$GPUS" -m fengshen.cli.main "${fit[@]}")
+else
+    command+=(fengshen "${fit[@]}")
+fi
+
+if [ -n "${DRY_RUN:-}" ]; then
+    printf '%q ' "${command[@]}"
+    echo
+else
+    "${command[@]}"
+fi
