@@ -6,6 +6,7 @@
 __all__ = ['SHOWN', 'duration', 'step_text', 'figures', 'TerminalProgress']
 
 # %% ../../nbs/api/training/progress.ipynb #c81e728d
+import math
 import sys
 import time
 
@@ -17,10 +18,10 @@ from ..utils.core import is_main_process, patch
 
 # %% ../../nbs/api/training/progress.ipynb #1679091c
 def duration(
-    seconds,  # Seconds, any number; None or NaN: unknown
+    seconds,  # Seconds, any number; None, NaN or infinite: unknown
 ) -> str:
     "Time as h:mm:ss, or m:ss below an hour; '?' when unknown."
-    if seconds is None or seconds != seconds or seconds == float("inf"):
+    if seconds is None or not math.isfinite(seconds):
         return "?"
     minutes, rest = divmod(max(0, round(seconds)), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
