@@ -70,7 +70,7 @@ def make_cli(
 
 # %% ../../nbs/api/cli/fit.ipynb #c20ad4d7
 NOISE = [r".*torch\.distributed\.\w+` is deprecated", r".*LeafSpec.*is deprecated", r".*Checkpoint directory .* exists", r".*does not have many workers",
-         r".*GPU available but not used", r".*Consider using tensor\.detach"]
+         r".*GPU available but not used", r".*barrier\(\): using the device", r".*DeepSpeed handles gradient clipping internally", r".*Consider using tensor\.detach"]
 
 
 def quiet():

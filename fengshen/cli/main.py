@@ -19,6 +19,15 @@ def _fit(args):
     from fengshen.cli.fit import prepare, run_fit
 
     run_fit(prepare(args))
+    _close_processes()
+
+
+def _close_processes():
+    "Close the process group of a finished command; torch warns about one that is left open."
+    import torch.distributed
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _validate(args):

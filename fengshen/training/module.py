@@ -8,6 +8,7 @@ __all__ = ['METRICS', 'CausalLMModule', 'Totals', 'enable_checkpointing', 'head_
 # %% ../../nbs/api/training/module.ipynb #c81e728d
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytorch_lightning as pl
 import torch
@@ -56,7 +57,7 @@ class CausalLMModule(pl.LightningModule):
         self.metrics = nn.ModuleDict({name: load_name(m)() for name, m in metrics.items()})
         self.n_samples, self.max_new_tokens = samples, max_new_tokens
         self.model = None
-        self.plain_head = None
+        self.plain_head = self.grad_norm = None
         self.totals = Totals()  # what the run record reads
         self.valid, self.samples = {}, []
 
@@ -279,16 +280,34 @@ def generate(
 
 # %% ../../nbs/api/training/module.ipynb #34173cb3
 @patch
+def optimizer_kind(self: CausalLMModule) -> OptimizerConfig:
+    "The recipe's optimizer; under float16 without DeepSpeed the unfused AdamW, whose gradients can be clipped after unscaling."
+    config, strategy = self.optimizer_config, self.trainer.strategy
+    scaled = str(self.trainer.precision) == "16-mixed" and not hasattr(strategy, "deepspeed_engine")
+    return replace(config, kind="adamw") if scaled and config.kind == "auto" else config
+
+
+@patch
 def configure_optimizers(self: CausalLMModule):
     "AdamW in the implementation the strategy needs, with the recipe's schedule per optimizer step."
     strategy = self.trainer.strategy
     offload = getattr(strategy, "offload_optimizer", False)
     with announce_compile("cpu_adam", "DeepSpeed's optimizer for the host", 30) if offload else nullcontext():
-        optimizer = make_optimizer(self.model, self.optimizer_config, deepspeed=hasattr(strategy, "deepspeed_engine"), offload=offload)
+        optimizer = make_optimizer(self.model, self.optimizer_kind(), deepspeed=hasattr(strategy, "deepspeed_engine"), offload=offload)
     schedule = make_schedule(optimizer, self.schedule_config, self.trainer.estimated_stepping_batches)
     return dict(optimizer=optimizer, lr_scheduler=dict(scheduler=schedule, interval="step"))
 
 # %% ../../nbs/api/training/module.ipynb #6364d3f0
+@patch
+def configure_gradient_clipping(self: CausalLMModule, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+    "Clip by norm, and keep the norm before clipping; DeepSpeed does both itself."
+    if hasattr(self.trainer.strategy, "deepspeed_engine"):
+        return
+    if gradient_clip_algorithm not in (None, "norm"):
+        raise ValueError(explain("gradients are clipped by their norm", gradient_clip_algorithm, "'norm'", "remove trainer.gradient_clip_algorithm"))
+    self.grad_norm = nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val or math.inf)
+
+# %% ../../nbs/api/training/module.ipynb #1c383cd3
 @patch
 def _repr_html_(self: CausalLMModule):
     source = self.path or f"random weights of {self.config}"

@@ -128,7 +128,7 @@ def write_report(
 ) -> Path:
     "Draw `report.html` from the run's files: one page, nothing loaded from elsewhere."
     run = Run(run_dir)
-    page = ("<!doctype html><html><head><meta charset='utf-8'><title>" + run.dir.name + "</title><style>body{font-family:sans-serif;max-width:60rem;margin:2rem auto;"
+    page = ("<!doctype html><html><head><meta charset='utf-8'><meta name='color-scheme' content='light dark'><title>" + run.dir.name + "</title><style>body{font-family:sans-serif;max-width:60rem;margin:2rem auto;"
             "padding:0 1rem}td,th{padding:.2rem .6rem;text-align:left;vertical-align:top}svg{max-width:100%}</style></head><body>")
     path = run.dir / "report.html"
     path.write_text(page + run_html(run, full=True) + "</body></html>", "utf8")

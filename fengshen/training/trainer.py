@@ -18,12 +18,13 @@ from .export import export as export_folder
 from .progress import TerminalProgress
 from .run import Run, start_run, write_report
 from ..utils.core import need, pick, say
-from ..utils.device import default_precision
+from ..utils.device import avoid_fragmentation, default_precision
 
 # %% ../../nbs/api/training/trainer.ipynb #e4da3b7f
 def trainer_defaults() -> dict:
     "The trainer settings that differ from Lightning's."
     register_strategies()
+    avoid_fragmentation()
     return dict(
         use_distributed_sampler=False,  # our loaders know rank and position themselves
         gradient_clip_val=1.0,

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['device_kind', 'lightning_accelerator', 'default_precision', 'point_deepspeed_at', 'memory', 'host_memory',
-           'reset_peak_memory', 'release_cached_memory', 'has_flash_varlen', 'has_device_compiler', 'synchronize',
-           'seeded']
+           'reset_peak_memory', 'release_cached_memory', 'avoid_fragmentation', 'has_flash_varlen',
+           'has_device_compiler', 'synchronize', 'seeded']
 
 # %% ../../nbs/api/utils/device.ipynb #c81e728d
 import contextlib
@@ -73,6 +73,11 @@ def release_cached_memory():
         torch.cuda.empty_cache()
 
 # %% ../../nbs/api/utils/device.ipynb #c74d97b0
+def avoid_fragmentation():
+    "Let torch's allocator grow its segments; must run before the first tensor is placed on the device."
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+# %% ../../nbs/api/utils/device.ipynb #6f4922f4
 def has_flash_varlen(
     head_dim,  # Width of one attention head
     dtype,  # dtype of queries, keys and values
