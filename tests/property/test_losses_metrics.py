@@ -120,14 +120,32 @@ def test_full_logits_never_exist(share):
     assert max(peak.sizes) == vocab * max(WIDTH, min(chunk, scored)) < vocab * length
 
 
-def test_only_scored_tokens_reach_the_head():
+@pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("train", [False, True])
+def test_the_head_is_called_once_with_the_scored_tokens(share, train):
+    "Under ZeRO-3 every call of the head is a collective: their number must not depend on a process's own data."
     rows = []
-    head = nn.Linear(WIDTH, VOCAB)
+    hidden, labels, head = problem(3, 50, share, 8, torch.float32)
     head.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
-    hidden, labels, _ = problem(3, 50, 0.1, 8, torch.float32)
-    with torch.no_grad():
-        chunked_loss(hidden, labels, head, cross_entropy)
-    assert sum(rows) == (labels[:, 1:] != -100).sum()
+    with torch.set_grad_enabled(train):
+        loss = chunked_loss(hidden, labels, head, cross_entropy, chunk=7)
+    if train:
+        loss.backward()
+    assert rows == [max(1, int((labels[:, 1:] != -100).sum()))]
+
+
+def test_the_head_is_itself_again_after_an_error():
+    hidden, labels, head = problem(1, 5, 1.0, 8, torch.float32)
+    with pytest.raises(ZeroDivisionError):
+        chunked_loss(hidden, labels, head, lambda logits, labels: 1 / 0)
+    assert head(hidden).shape == (1, 5, VOCAB) and "forward" not in vars(head)
+
+
+def test_a_forward_that_another_library_put_on_the_instance_is_used_and_kept():
+    hidden, labels, head = problem(1, 5, 1.0, 8, torch.float32)
+    plain, theirs = chunked_loss(hidden, labels, head, cross_entropy), lambda h: 2 * type(head).forward(head, h)
+    head.forward = theirs
+    assert chunked_loss(hidden, labels, head, cross_entropy) != plain and head.forward is theirs
 
 
 # Metrics
