@@ -41,6 +41,7 @@ def add_run_keys(
 
 # %% ../../nbs/api/cli/lightning.ipynb #8f14e45f
 UNKNOWN = [re.compile(p) for p in (
+    r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.\-]+)'",
     r"[Uu]nrecognized arguments: --(?P<key>[\w.\-]+)",
     r"[Kk]ey \"(?P<key>[\w.\-]+)\" is not expected",
     r"[Oo]ption '(?P<key>[\w.\-]+)' is not accepted",
@@ -55,8 +56,8 @@ def better_error(
     "The same error with the key in full and the nearest accepted key."
     for pattern in UNKNOWN:
         if found := pattern.search(message):
-            key = found["key"]
-            full = next((f"{p}.{key}" for p in re.findall(r"key \"([\w.]+)\"", message) if p != key and "." not in key), key)
+            group = found.groupdict().get("group")
+            full = f"{group}.{found['key']}" if group else found["key"]
             close = nearest(full, keys) or nearest(full.rsplit(".", 1)[-1], keys)
             return explain("unknown key", full, "a key of `fengshen fit --help`", f"did you mean {close!r}?" if close else "check the spelling")
     return Explained(message.strip().replace("\n", " "))

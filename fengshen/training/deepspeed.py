@@ -79,6 +79,7 @@ def check_config(
         raise ValueError(explain("optimizer_from_config=True, but the configuration has no optimizer", sorted(config), "a key 'optimizer'"))
     config.setdefault("zero_allow_untested_optimizer", True)
     config.setdefault("zero_force_ds_cpu_optimizer", True)
+    config.setdefault("train_micro_batch_size_per_gpu", 1)  # DeepSpeed only logs with it; left out, Lightning would ask the training data, even to validate
     return config
 
 # %% ../../nbs/api/training/deepspeed.ipynb #aab32389

@@ -18,13 +18,14 @@ from .export import export as export_folder
 from .progress import TerminalProgress
 from .run import Run, start_run, write_report
 from ..utils.core import need, pick, say
-from ..utils.device import avoid_fragmentation, default_precision
+from ..utils.device import avoid_fragmentation, default_precision, lightning_accelerator, point_deepspeed_at
 
 # %% ../../nbs/api/training/trainer.ipynb #e4da3b7f
 def trainer_defaults() -> dict:
     "The trainer settings that differ from Lightning's."
     register_strategies()
     avoid_fragmentation()
+    point_deepspeed_at(lightning_accelerator())  # transformers imports it too, and it would say so
     return dict(
         use_distributed_sampler=False,  # our loaders know rank and position themselves
         gradient_clip_val=1.0,
