@@ -1,7 +1,8 @@
 """Packing changes nothing: loss and every gradient of a packed batch are the sum of its documents, each run alone.
 
 All models are random, float32, in training mode with dropout 0, so the code that runs is the code that trains. A gradient is compared relative to the
-largest entry of its parameter's true gradient (or to 1% of the largest entry of any, where a parameter's own is nearly zero: keys of one-token documents).
+largest entry of its parameter's true gradient, or to 1% of the largest entry of any where a parameter's own is nearly zero (keys of one-token
+documents).
 """
 import copy
 
@@ -19,9 +20,11 @@ from fengshen.utils.kernels.loss import chunked_loss
 
 VOCAB, ROW, PAD = 61, 24, 0
 TOLERANCE = 1e-5
-SMALL = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=ROW)
+SMALL = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+             max_position_embeddings=ROW)
 CONFIGS = dict(
-    gpt2=GPT2Config(vocab_size=VOCAB, n_positions=ROW, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=1, eos_token_id=1),
+    gpt2=GPT2Config(vocab_size=VOCAB, n_positions=ROW, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=1,
+                    resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
     llama=LlamaConfig(**SMALL),
     qwen3=Qwen3Config(**SMALL, head_dim=8),
     mistral=MistralConfig(**SMALL, sliding_window=5),
@@ -187,7 +190,8 @@ def test_cache_in_chunks_is_the_whole_prompt(pair, chunks):
     cache, start, parts = DynamicCache(config=pair[0].config), 0, []
     for n in chunks:
         end = start + n
-        parts.append(pair[0](ids[:, start:end], attention_mask=mask[:, :end], position_ids=positions[:, start:end], past_key_values=cache, use_cache=True).logits)
+        known = dict(attention_mask=mask[:, :end], position_ids=positions[:, start:end], past_key_values=cache)
+        parts.append(pair[0](ids[:, start:end], use_cache=True, **known).logits)
         start = end
     torch.testing.assert_close(torch.cat(parts, 1)[mask.bool()], want[mask.bool()], atol=1e-4, rtol=1e-4)
 

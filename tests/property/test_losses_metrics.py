@@ -26,8 +26,8 @@ def problem(rows, length, share, seed, dtype):
     return hidden, labels, head
 
 
-@given(rows=st.integers(1, 4), length=st.integers(1, 20), share=st.sampled_from([0.0, 0.1, 0.5, 1.0]), chunk=st.integers(1, 30), seed=st.integers(0, 999),
-       dtype=st.sampled_from([torch.float32, torch.float64]))
+@given(rows=st.integers(1, 4), length=st.integers(1, 20), share=st.sampled_from([0.0, 0.1, 0.5, 1.0]), chunk=st.integers(1, 30),
+       seed=st.integers(0, 999), dtype=st.sampled_from([torch.float32, torch.float64]))
 @example(rows=1, length=1, share=1.0, chunk=1, seed=0, dtype=torch.float32)
 @settings(max_examples=80, deadline=None)
 def test_value_and_gradients_are_those_of_full_logits(rows, length, share, chunk, seed, dtype):

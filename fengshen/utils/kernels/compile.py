@@ -19,8 +19,8 @@ def blocks(
     base = getattr(model, "base_model", model)
     lists = [m for m in base.modules() if isinstance(m, nn.ModuleList) and len({type(block) for block in m}) == 1]
     if not lists:
-        raise ValueError(explain("no transformer blocks found to compile", type(model).__name__, "a module that keeps blocks of one class in an nn.ModuleList",
-                                 "turn compilation off for this model"))
+        raise ValueError(explain("no transformer blocks found to compile", type(model).__name__,
+                                 "a module that keeps blocks of one class in an nn.ModuleList", "turn compilation off for this model"))
     return max(lists, key=len)
 
 # %% ../../../nbs/api/utils/kernels/compile.ipynb #6512bd43

@@ -65,13 +65,11 @@ def chunked_loss(
     "Summed loss over the scored tokens, a scalar; a batch without any gives an exact 0 that still reaches every parameter."
     hidden, labels = scored_rows(hidden_bld, labels_bl)
 
-    again = torch.is_grad_enabled() and len(labels) > chunk  # a single chunk may keep its logits for the backward pass
-
     def work(forward, hidden):
         total = 0.0
         for h, y in zip(hidden.split(chunk), labels.split(chunk)):
             args = (h, y, forward, loss_fn, [observe] if observe else [])
-            total = total + (checkpoint(chunk_loss, *args, use_reentrant=False) if again else chunk_loss(*args))
+            total = total + (checkpoint(chunk_loss, *args, use_reentrant=False) if torch.is_grad_enabled() else chunk_loss(*args))
         return total
 
     if len(labels) == 0:
