@@ -21,7 +21,7 @@ from .deepspeed import announce_compile
 from ..utils.core import choice, explain, load_name, patch
 from ..utils.device import device_kind
 from ..utils.kernels.attention import choose_attention, model_inputs
-from ..utils.kernels.compile import compile_blocks
+from ..utils.kernels.compile import compile_blocks, uncompiled
 from ..utils.kernels.loss import chunked_loss
 
 # %% ../../nbs/api/training/module.ipynb #e4da3b7f
@@ -199,7 +199,7 @@ def check_head(self: CausalLMModule):
     "Find out, once the strategy has set the model up, whether the head can be run on the scored tokens alone."
     if self.plain_head is not None:
         return
-    with self.trainer.precision_plugin.forward_context():
+    with self.trainer.precision_plugin.forward_context(), uncompiled():
         self.plain_head = head_is_plain(self.model)
     if not self.plain_head:
         choice("loss", "full logits", "this model changes its logits after the head")
@@ -274,7 +274,8 @@ def generate(
     self.model.eval()
     defaults = dict(max_new_tokens=self.max_new_tokens, do_sample=False, use_cache=True, eos_token_id=tokenizer.eos_token_id,
                     pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
-    out = self.model.generate(ids, attention_mask=torch.ones_like(ids), synced_gpus=several, **(defaults | settings))
+    with uncompiled():  # a growing text has a new shape at every token
+        out = self.model.generate(ids, attention_mask=torch.ones_like(ids), synced_gpus=several, **(defaults | settings))
     self.model.train(training)
     return tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True)
 
