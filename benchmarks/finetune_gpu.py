@@ -20,8 +20,16 @@ from pathlib import Path
 
 WARM = 4
 MATMUL_PARAMETERS = 50304 * 3072 + 30 * 12 * 3072**2
-COMMON = {"model.path": "null", "model.config": "fengshen:models/gpt2_3.5b.json", "data.on_long": "truncate", "trainer.devices": 1, "trainer.log_every_n_steps": 1,
-          "export": "false", "checkpoint.at_end": "false", "trainer.limit_val_batches": 0}
+COMMON = {
+    "model.path": "null",
+    "model.config": "fengshen:models/gpt2_3.5b.json",
+    "data.on_long": "truncate",
+    "trainer.devices": 1,
+    "trainer.log_every_n_steps": 1,
+    "trainer.limit_val_batches": 0,
+    "export": "false",
+    "checkpoint.at_end": "false",
+}
 CONFIGURATIONS = {
     "default": ("wenzhong_qa", {"trainer.max_steps": 20}),
     "default_single": ("wenzhong_qa", {"trainer.max_steps": 16, "trainer.strategy": "auto"}),
@@ -33,12 +41,23 @@ CONFIGURATIONS = {
 }
 
 
+MATMUL = """
+import statistics, torch
+n, times = 8192, []
+a = torch.randn(n, n, device="cuda", dtype=torch.bfloat16)
+b = torch.randn_like(a)
+for _ in range(25):
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record(); a @ b; end.record()
+    torch.cuda.synchronize()
+    times.append(start.elapsed_time(end))
+print(2 * n**3 / statistics.median(times[5:]) / 1e9)
+"""
+
+
 def matmul_tflops():
     """bfloat16 8192^3 matrix products per second on this device, in TFLOP/s (median of 20)."""
-    code = ("import torch,statistics as s\nn=8192\na=torch.randn(n,n,device='cuda',dtype=torch.bfloat16);b=torch.randn_like(a)\nt=[]\n"
-            "for i in range(25):\n x,y=torch.cuda.Event(True),torch.cuda.Event(True);x.record();a@b;y.record();torch.cuda.synchronize();t.append(x.elapsed_time(y))\n"
-            "print(2*n**3/s.median(t[5:])/1e9)")
-    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    return float(subprocess.run([sys.executable, "-c", MATMUL], capture_output=True, text=True, check=True).stdout)
 
 
 def measure(name, train, tokenizer, extra):

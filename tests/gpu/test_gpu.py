@@ -64,7 +64,8 @@ def test_strategies_agree_in_float32(tmp_path, still):
 
 
 def test_bfloat16_follows_float32_and_exports(tmp_path, still):
-    plain, _ = fit(tmp_path / "plain", "--model.config", still, "--trainer.precision", "32-true", "--export", "false", "--trainer.strategy", "auto", "--model.attention", "sdpa")
+    words = ["--trainer.precision", "32-true", "--export", "false", "--trainer.strategy", "auto", "--model.attention", "sdpa"]
+    plain, _ = fit(tmp_path / "plain", "--model.config", still, *words)
     for strategy in ("auto", "zero2", "zero3"):
         losses, said = fit(tmp_path / strategy, "--model.config", still, "--trainer.strategy", strategy)
         assert "torch's fused kernel" in said and "verified" in said
