@@ -149,6 +149,7 @@ class LiveRun(Run):
                                      "run `fengshen fit` in a terminal for several devices; its run folder opens here with Run(folder)"))
         super().__init__(cli.config["run_dir"])
         self.cli, self.control, self.error = cli, control, None
+        self.done = threading.Event()  # not the thread's own join: interrupted, it takes a running thread for an ended one (Python 3.11)
         self.thread = threading.Thread(target=self._train, daemon=True)
 
     def _train(self):
@@ -156,6 +157,8 @@ class LiveRun(Run):
             run_fit(self.cli)
         except BaseException as e:  # carried to the waiting cell, which raises it
             self.error = e
+        finally:
+            self.done.set()
 
     @property
     def module(self):
@@ -167,8 +170,8 @@ class LiveRun(Run):
 def wait(self: LiveRun):
     "Wait for the end; interrupting the cell pauses the run and leaves the model usable."
     try:
-        while self.thread.is_alive() and not self.control.waiting:
-            self.thread.join(0.1)
+        while not (self.control.waiting or self.done.wait(0.1)):
+            pass
     except KeyboardInterrupt:
         self.pause()
         say(f"paused at step {self.cli.trainer.global_step}: run.ask(prompt), run.resume(lr=...), run.stop() or run.release()")
@@ -181,8 +184,8 @@ def wait(self: LiveRun):
 def pause(self: LiveRun):
     "Stop between two optimizer steps and stay there."
     self.control.pause()
-    while self.thread.is_alive() and not self.control.waiting:
-        self.thread.join(0.05)
+    while not (self.control.waiting or self.done.wait(0.05)):
+        pass
 
 
 @patch
