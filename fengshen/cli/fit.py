@@ -102,7 +102,7 @@ def prepare(
         (run_dir / "run.yaml").write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), "utf8")
     return cli
 
-
+# %% ../../nbs/api/cli/fit.ipynb #c74d97b0
 def run_fit(
     cli,  # What `prepare` returned
 ) -> Run:
@@ -115,7 +115,7 @@ def run_fit(
     cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)
     return finish_run(cli.trainer, cli.config["run_dir"], cli.config["export"])
 
-
+# %% ../../nbs/api/cli/fit.ipynb #6f4922f4
 def run_validate(
     cli,  # What `make_cli` returned
 ) -> dict:
@@ -126,7 +126,7 @@ def run_validate(
         say(json.dumps(row, ensure_ascii=False))
     return cli.model.valid
 
-# %% ../../nbs/api/cli/fit.ipynb #70efdf2e
+# %% ../../nbs/api/cli/fit.ipynb #3c59dc04
 def words(
     recipe,  # A recipe's name or file, or None
     overrides,  # {"trainer.max_steps": 100, ...}
@@ -135,7 +135,7 @@ def words(
     flag = lambda v: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)
     return (["-c", str(recipe)] if recipe else []) + [f"--{k}={flag(v)}" for k, v in overrides.items()]
 
-# %% ../../nbs/api/cli/fit.ipynb #3c59dc04
+# %% ../../nbs/api/cli/fit.ipynb #8e296a06
 class LiveRun(Run):
     "A run that is going on in this process: wait, pause, ask, resume, stop, release."
 
@@ -165,7 +165,7 @@ class LiveRun(Run):
         "The LightningModule; its `model` is the Hugging Face model."
         return self.cli.model
 
-
+# %% ../../nbs/api/cli/fit.ipynb #02e74f10
 @patch
 def wait(self: LiveRun):
     "Wait for the end; interrupting the cell pauses the run and leaves the model usable."
@@ -179,7 +179,7 @@ def wait(self: LiveRun):
         raise self.error
     return self
 
-
+# %% ../../nbs/api/cli/fit.ipynb #6ea9ab1b
 @patch
 def pause(self: LiveRun):
     "Stop between two optimizer steps and stay there."
@@ -201,7 +201,7 @@ def stop(self: LiveRun):
     self.control.stop()
     return self.wait()
 
-
+# %% ../../nbs/api/cli/fit.ipynb #c16a5320
 @patch
 def ask(self: LiveRun, prompt, **settings):
     "The paused or finished model's continuation of a prompt; settings as for `model.generate`."
@@ -223,7 +223,7 @@ def release(self: LiveRun):
     gc.collect()
     release_cached_memory()
 
-# %% ../../nbs/api/cli/fit.ipynb #b6d767d2
+# %% ../../nbs/api/cli/fit.ipynb #6364d3f0
 def fit(
     recipe,  # A recipe's name or file
     overrides=None,  # {"trainer.max_steps": 100, ...}

@@ -69,7 +69,7 @@ class QuietParser(LightningArgumentParser):
     def error(self, message, exc=None):
         raise ValueError(better_error(str(message), list(self.get_defaults(skip_validation=True).keys()))) from None
 
-
+# %% ../../nbs/api/cli/lightning.ipynb #c20ad4d7
 class FengshenCLI(LightningCLI):
     "Parses a recipe and builds model, data and trainer; running them is the caller's."
 

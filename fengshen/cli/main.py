@@ -35,7 +35,7 @@ def _validate(args):
 
     run_validate(make_cli(*split_args(args), verb="validate"))
 
-
+# %% ../../nbs/api/cli/main.ipynb #c9f0f895
 def _export(args):
     parser = argparse.ArgumentParser("fengshen export", description="Write a run or one of its checkpoints as a verified Hugging Face folder.")
     parser.add_argument("source", help="a run's folder, or checkpoints/step-XXXXXXXX in it")
@@ -60,7 +60,7 @@ def _generate(args):
     for text in generate(options.pop("folder"), prompts, **options):
         print(text)
 
-
+# %% ../../nbs/api/cli/main.ipynb #d3d94468
 def _recipes(args):
     parser = argparse.ArgumentParser("fengshen recipes", description="The recipes that ship with the package.")
     sub = parser.add_subparsers(dest="action", required=True)
@@ -82,7 +82,7 @@ def check(name):
     cli = make_cli(*split_args(["-c", name]))
     print(f"{name}: every key is known and every value has its type; {type(cli.model).__name__}, {type(cli.datamodule).__name__}")
 
-
+# %% ../../nbs/api/cli/main.ipynb #c20ad4d7
 VERBS = dict(
     fit=(_fit, "train a recipe: fengshen fit -c demo --trainer.max_steps 100"),
     validate=(_validate, "loss, perplexity and sampled answers of a model: fengshen validate -c demo --model.path FOLDER"),
@@ -91,7 +91,7 @@ VERBS = dict(
     recipes=(_recipes, "ls, cat, cp, check: the recipes that ship with the package"),
 )
 
-# %% ../../nbs/api/cli/main.ipynb #8f14e45f
+# %% ../../nbs/api/cli/main.ipynb #c51ce410
 def usage() -> str:
     "The help text."
     lines = [f"  {verb:10}{text}" for verb, (_, text) in VERBS.items()]

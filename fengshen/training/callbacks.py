@@ -42,24 +42,28 @@ class Recorder(pl.Callback):
         if self.view and trainer.is_global_zero:
             self.view.start(dict(max_steps=self.max_steps, run_dir=str(self.dir), step=trainer.global_step))
 
-    def on_before_optimizer_step(self, trainer, module, optimizer):
-        "Note the learning rate in use."
-        self.lr = optimizer.param_groups[0]["lr"]
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        "Write a line for each logged step."
-        if not at_step_end(trainer, batch_idx) or trainer.global_step % trainer.log_every_n_steps:
-            return
-        totals = module.totals
-        sums = torch.stack([torch.as_tensor(totals.loss, device=module.device).double(), torch.tensor(float(totals.tokens), device=module.device).double()])
-        loss, tokens = trainer.strategy.reduce(sums, reduce_op="sum").tolist()
-        engine = getattr(trainer.strategy, "deepspeed_engine", None)
-        norm = module.grad_norm if engine is None else engine.get_global_grad_norm()
-        record = dict(step=trainer.global_step, split="train", loss=loss / float(totals.labels), lr=self.lr,
-                      grad_norm=None if norm is None else float(norm), tokens=int(tokens))
-        self.write(trainer, record | self.pace(trainer, int(tokens)))
-
 # %% ../../nbs/api/training/callbacks.ipynb #c9f0f895
+@patch
+def on_before_optimizer_step(self: Recorder, trainer, module, optimizer):
+    "Note the learning rate in use."
+    self.lr = optimizer.param_groups[0]["lr"]
+
+
+@patch
+def on_train_batch_end(self: Recorder, trainer, module, outputs, batch, batch_idx):
+    "Write a line for each logged step."
+    if not at_step_end(trainer, batch_idx) or trainer.global_step % trainer.log_every_n_steps:
+        return
+    totals = module.totals
+    sums = torch.stack([torch.as_tensor(totals.loss, device=module.device).double(), torch.tensor(float(totals.tokens), device=module.device).double()])
+    loss, tokens = trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+    engine = getattr(trainer.strategy, "deepspeed_engine", None)
+    norm = module.grad_norm if engine is None else engine.get_global_grad_norm()
+    record = dict(step=trainer.global_step, split="train", loss=loss / float(totals.labels), lr=self.lr,
+                  grad_norm=None if norm is None else float(norm), tokens=int(tokens))
+    self.write(trainer, record | self.pace(trainer, int(tokens)))
+
+# %% ../../nbs/api/training/callbacks.ipynb #d3d94468
 @patch
 def pace(self: Recorder, trainer, tokens):
     "Speed since the last line, time left, and memory, for the record."
@@ -71,7 +75,7 @@ def pace(self: Recorder, trainer, tokens):
     return dict(time=round(now - self.started, 3), tokens_per_second=round((tokens - before) / max(now - then, 1e-9), 1),
                 memory_gib=round(held / 2**30, 3), eta_seconds=None if left is None else round(left, 1))
 
-
+# %% ../../nbs/api/training/callbacks.ipynb #c20ad4d7
 @patch
 def skip(self: Recorder, seconds):
     "Leave a pause out of the run's time and speed."
@@ -92,7 +96,7 @@ def write(self: Recorder, trainer, record):
     for logger in trainer.loggers:
         logger.log_metrics(numbers, step=record["step"])
 
-
+# %% ../../nbs/api/training/callbacks.ipynb #aab32389
 @patch
 def on_validation_end(self: Recorder, trainer, module):
     "Write the validation's line and its answered questions."
@@ -121,7 +125,7 @@ def on_exception(self: Recorder, trainer, module, exception):
     "Close the record when training fails, so that its last line is whole."
     self.on_train_end(trainer, module)
 
-# %% ../../nbs/api/training/callbacks.ipynb #6512bd43
+# %% ../../nbs/api/training/callbacks.ipynb #1f0e3dad
 def change_lr(
     trainer,  # The running trainer
     lr,  # New peak of the schedule

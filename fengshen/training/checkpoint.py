@@ -28,7 +28,7 @@ def checkpoints(
     folder = Path(run_dir) / "checkpoints"
     return sorted(p for p in folder.glob("step-*") if NAME.match(p.name)) if folder.is_dir() else []
 
-
+# %% ../../nbs/api/training/checkpoint.ipynb #8f14e45f
 def save_companions(
     folder,  # A checkpoint's folder
     model,  # The Hugging Face model; its configs are saved
@@ -44,7 +44,7 @@ def save_companions(
     if Path(settings).exists():
         shutil.copy(settings, folder)
 
-
+# %% ../../nbs/api/training/checkpoint.ipynb #45c48cce
 class Checkpoints(pl.Callback):
     "Save every `every_n_steps` optimizer steps and at the end; keep the newest `keep`."
 
@@ -86,7 +86,7 @@ class Checkpoints(pl.Callback):
         if self.at_end:
             self.save(trainer)
 
-# %% ../../nbs/api/training/checkpoint.ipynb #d3d94468
+# %% ../../nbs/api/training/checkpoint.ipynb #aab32389
 PREFIX = "model."  # the Hugging Face model's name inside the LightningModule
 
 
@@ -99,7 +99,7 @@ def _read_file(path):
     "Weights of a single-file Lightning checkpoint."
     return _strip(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"])
 
-# %% ../../nbs/api/training/checkpoint.ipynb #c20ad4d7
+# %% ../../nbs/api/training/checkpoint.ipynb #c74d97b0
 def _load_shard(path):
     "One DeepSpeed file, read with `weights_only` and DeepSpeed's own plain classes allowed."
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
@@ -137,7 +137,7 @@ def _read_deepspeed(path):
         weights.setdefault(name, weights[source])
     return _strip(weights)
 
-# %% ../../nbs/api/training/checkpoint.ipynb #c51ce410
+# %% ../../nbs/api/training/checkpoint.ipynb #70efdf2e
 def _split_zero12(optim, shapes):
     "Yield (name, tensor): groups joined over the ranks, then read off in order."
     for group, named in enumerate(shapes):
@@ -158,7 +158,7 @@ def _split_zero3(optim, shapes):
         yield name, whole[: shape.numel()].view(shape).clone()
         at += piece
 
-# %% ../../nbs/api/training/checkpoint.ipynb #aab32389
+# %% ../../nbs/api/training/checkpoint.ipynb #6f4922f4
 def read_weights(
     path,  # A `checkpoints/step-XXXXXXXX` folder, a Lightning .ckpt file, or a DeepSpeed checkpoint folder
 ) -> OrderedDict:

@@ -46,7 +46,7 @@ def read_jsonl(
     whole = lines[:-1]  # what follows the last newline is empty or cut off
     return [json.loads(line) for line in whole if line]
 
-
+# %% ../../nbs/api/training/run.ipynb #6512bd43
 class Run:
     "A run's folder, read when asked: settings, records, sampled answers, checkpoints, export."
 
@@ -90,7 +90,7 @@ class Run:
         last = (self.records("train") or [{}])[-1]
         return f"Run({str(self.dir)!r}, step {last.get('step', 0)}, loss {last.get('loss', float('nan')):.4g}, {'finished' if self.summary() else 'not finished'})"
 
-# %% ../../nbs/api/training/run.ipynb #c51ce410
+# %% ../../nbs/api/training/run.ipynb #9bf31c7f
 def charts(
     run,  # A `Run`
 ) -> list:
@@ -103,7 +103,7 @@ def charts(
             drawn.append(line_chart({key: curve(train, key)}, title, "step", key))
     return drawn
 
-
+# %% ../../nbs/api/training/run.ipynb #70efdf2e
 def run_html(
     run,  # A `Run`
     full=False,  # True: all charts and the settings; False: the loss and the last answers
