@@ -133,7 +133,8 @@ def test_no_step_is_taken_while_the_control_says_waiting(wishes):
 def test_a_pause_can_be_interrupted():
     "Ctrl-C in a pause ends it, and nobody is said to be waiting afterwards."
     script = """
-import _thread, threading
+import _thread, signal, threading
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell starts its children with SIGINT ignored
 from fengshen.training.control import RunControl
 control = RunControl()
 control.pause()
