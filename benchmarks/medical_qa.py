@@ -56,7 +56,8 @@ def main():
     recipe = read_recipe("medical_qa")["data"]
     tokenizer = load_tokenizer(options.tokenizer)
     settings = dict(max_length=recipe["max_length"], on_long=recipe["on_long"])
-    train, valid = GPT2QADataset(options.train, tokenizer, **settings), GPT2QADataset(options.valid, tokenizer, limit=recipe["limit_valid"], **settings)
+    train = GPT2QADataset(options.train, tokenizer, **settings)
+    valid = GPT2QADataset(options.valid, tokenizer, limit=recipe["limit_valid"], **settings)
     unigram, bigram = ngrams(train, valid, len(tokenizer))
     print(f"smoothed unigram {unigram:.3f}, bigram {bigram:.3f} nats per scored token of the validation answers")
     files = {"data.train": options.train, "data.valid": options.valid, "data.tokenizer": options.tokenizer}
