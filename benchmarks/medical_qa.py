@@ -64,6 +64,7 @@ def main():
     run = fit("medical_qa", files | {"run_dir": options.run_dir, "overwrite": True} | overrides)
     curve = [(r["step"], round(r["loss"], 4)) for r in run.records("valid")]
     row = dict(unigram=round(unigram, 4), bigram=round(bigram, 4), valid=curve, gain_over_unigram=round(unigram - curve[-1][1], 3), **run.summary())
+    row.pop("export", None)
     print(json.dumps(row))
     for sample in run.samples()[-3:]:
         print(json.dumps(sample, ensure_ascii=False))
