@@ -11,7 +11,7 @@ import torch
 from fengshen.training import verify
 from fengshen.training.checkpoint import checkpoints, read_weights
 from fengshen.training.export import build, export, verify_export
-from tests.training_runs import environment, fit_here, tiny_config
+from tests.training_runs import environment, fit, fit_here, tiny_config
 
 # A process in which this library cannot be imported loads the folder and saves what it found.
 OUTSIDE = """
@@ -36,7 +36,8 @@ def runs(tmp_path_factory):
 
     def run(strategy="auto"):
         if strategy not in done:
-            done[strategy] = fit_here(folder / strategy, **{"model.config": config, "trainer.max_steps": 3, "trainer.strategy": strategy})
+            make = fit_here if strategy == "auto" else fit
+            done[strategy] = make(folder / strategy, **{"model.config": config, "trainer.max_steps": 3, "trainer.strategy": strategy})
         return done[strategy]
 
     return run

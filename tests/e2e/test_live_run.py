@@ -118,6 +118,23 @@ def test_what_goes_wrong_in_training_reaches_the_caller(start):
     assert run.done.is_set() and not run.summary() and last_step(run) == 2
 
 
+def test_after_a_failed_zero3_run_models_are_whole_again(start):
+    "ZeRO-3 tells transformers to build models in shards; that has to end with the training, also when it fails."
+    from fengshen.models.loading import from_config
+
+    metrics = {"broken": f"{__name__}.FailingMetric"}
+    run = start(**{"trainer.strategy": "zero3", "model.metrics": metrics, "trainer.max_steps": 4, "trainer.val_check_interval": 2})
+    with pytest.raises(ArithmeticError):
+        run.wait()
+    try:
+        assert all(p.numel() for p in from_config(run.settings()["model"]["config"]).parameters())
+        again = start("second", **{"trainer.max_steps": 2})
+        again.wait()
+        assert last_step(again) == 2
+    finally:
+        run.module.teardown("fit")  # the tests after this one shall not fail for it
+
+
 def test_a_bad_rate_is_refused_and_the_pause_goes_on(start):
     run = start()
     reach(run, 1)
