@@ -1,6 +1,7 @@
-"""Packed rows on two processes: each row has another number of scored tokens, the last window is incomplete, and the step is still that of one process."""
+"""Packed rows on two processes: rows differ in scored tokens, the last window is incomplete, and the step is still that of one process."""
 import pytest
 
+from fengshen.training.module import CausalLMModule
 from tests.training_runs import apart, fit, fit_here, read, series, tiny_config, uneven_pairs, weights, weights_apart
 
 STEPS = 5
@@ -26,8 +27,9 @@ def whole(folder):
 
 def check_equal(run, whole):
     assert [r["step"] for r in read(run)] == list(range(1, STEPS + 1))
-    found = dict(loss=max(abs(x - y) for x, y in zip(series(run, "loss"), series(whole, "loss"))),
-                 norm=apart(series(run, "grad_norm"), series(whole, "grad_norm")), weight=weights_apart(weights(run), weights(whole)))
+    loss = max(abs(x - y) for x, y in zip(series(run, "loss"), series(whole, "loss")))
+    norm = apart(series(run, "grad_norm"), series(whole, "grad_norm"))
+    found = dict(loss=loss, norm=norm, weight=weights_apart(weights(run), weights(whole)))
     print(found)
     assert found["loss"] <= LOSS and found["norm"] <= NORM and found["weight"] <= WEIGHT, found
     assert series(run, "tokens") == series(whole, "tokens")
@@ -46,3 +48,19 @@ def test_accumulation_is_one_batch(folder, whole):
 @pytest.mark.parametrize("strategy", ["ddp", *(pytest.param(s, marks=pytest.mark.slow) for s in ("zero2", "zero3"))])
 def test_two_processes_are_one(folder, whole, strategy):
     check_equal(fit(folder / strategy, **settings(folder, 4, **{"trainer.strategy": strategy, "trainer.devices": 2})), whole)
+
+
+class MeanOfMeans(CausalLMModule):
+    "The usual mistake: each micro-batch has its own mean, and those are averaged."
+
+    def training_step(self, batch, batch_idx):
+        super().training_step(batch, batch_idx)
+        return self.token_loss(batch) / max(batch["num_labels"], 1)
+
+
+def test_a_mean_of_means_is_told_apart(folder, whole):
+    "A row at a time: packing evens out the scored tokens of larger micro-batches, which hides the mistake better."
+    run = fit_here(folder / "naive", **settings(folder, 1, 8, module=f"{__name__}.MeanOfMeans"))
+    norm, weight = apart(series(run, "grad_norm"), series(whole, "grad_norm")), weights_apart(weights(run), weights(whole))
+    print("naive", norm, weight)
+    assert norm > 1e-2 and weight > 10 * WEIGHT
