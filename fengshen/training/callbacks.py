@@ -122,8 +122,9 @@ def on_train_end(self: Recorder, trainer, module):
 
 @patch
 def on_exception(self: Recorder, trainer, module, exception):
-    "Close the record when training fails, so that its last line is whole."
+    "Close the record when training fails, so that its last line is whole; Lightning does not tear the module down then, so it is done here."
     self.on_train_end(trainer, module)
+    module.teardown("fit")
 
 # %% ../../nbs/api/training/callbacks.ipynb #1f0e3dad
 def change_lr(

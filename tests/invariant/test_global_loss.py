@@ -14,8 +14,8 @@ LOSS, NORM, WEIGHT = 1e-5, 1e-4, 1e-5
 def settings(folder, micro_batch, accumulate, **more):
     return {
         "model.config": tiny_config(folder), "model.optimizer.lr": 3e-3, "model.optimizer.eps": 1e-6, "model.schedule.warmup_steps": 2,
-        "data.train": uneven_pairs(folder / "train.jsonl", PAIRS), "data.valid": uneven_pairs(folder / "valid.jsonl", 11, seed=1), "data.packing": False,
-        "data.micro_batch": micro_batch, "data.valid_micro_batch": 3, "trainer.accumulate_grad_batches": accumulate, "trainer.max_steps": STEPS,
+        "data.train": uneven_pairs(folder / "train.jsonl", PAIRS), "data.valid": uneven_pairs(folder / "valid.jsonl", 11, seed=1),
+        "data.packing": False, "data.micro_batch": micro_batch, "data.valid_micro_batch": 3, "trainer.accumulate_grad_batches": accumulate, "trainer.max_steps": STEPS,
         "trainer.accelerator": "cpu", "trainer.val_check_interval": STEPS * accumulate} | more
 
 
