@@ -10,12 +10,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fengshen.losses import cross_entropy
 from fengshen.training.checkpoint import checkpoints, read_weights
-from fengshen.training.export import build, export
+from fengshen.training.export import build
 from fengshen.training.module import head_is_plain
 from fengshen.utils.resources import resource
 from tests.training_runs import apart, fit, fit_here, here, read, series, weights
 
-STEPS = {"trainer.max_steps": 3, "data.packing": False, "data.micro_batch": 4, "model.schedule.warmup_steps": 0}
+STEPS = {"trainer.max_steps": 3, "data.packing": False, "data.micro_batch": 4}
 SMALL = dict(vocab_size=1280, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              max_position_embeddings=128, bos_token_id=0, eos_token_id=0, pad_token_id=1)
 CHANGED = dict(  # architectures that do something to their logits after the head
@@ -31,11 +31,19 @@ def config_of(folder, **values):
     return str(path)
 
 
-def models_own_loss(folder, batches):
-    "Mean loss over the scored tokens of the first window, as transformers computes it."
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+def newest(run):
+    "The model of a run's newest checkpoint, on the CPU."
+    return build(checkpoints(run)[-1], torch.float32)
+
+
+def models_own_loss(model):
+    "Mean loss over the scored tokens of the packaged validation pairs, padded, as transformers computes it."
+    from fengshen.data.task_dataloader.medicalQADataset import GPT2QADataModel
+
+    data = GPT2QADataModel(valid="fengshen:qa_demo/valid.jsonl", tokenizer="fengshen:tokenizer_demo", max_length=128, packing=False)
+    data.setup()
     total = count = 0
-    for batch in batches:
+    for batch in data.val_dataloader():
         with torch.no_grad():
             logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         total += F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch["labels"][:, 1:].flatten(), ignore_index=-100, reduction="sum").item()
@@ -43,23 +51,15 @@ def models_own_loss(folder, batches):
     return total / count
 
 
-def batches_of(split):
-    from fengshen.data.task_dataloader.medicalQADataset import GPT2QADataModel
-
-    data = GPT2QADataModel("fengshen:qa_demo/train.jsonl", "fengshen:qa_demo/valid.jsonl", "fengshen:tokenizer_demo", max_length=128, packing=False)
-    data.setup()
-    return list(data.val_dataloader() if split == "valid" else data.train_dataloader())
-
-
 @pytest.mark.parametrize("name", CHANGED)
 def test_logits_that_change_after_the_head(tmp_path, name):
-    "The loss of a model that scales or caps its logits is its own: the validation loss equals what transformers computes from the export."
+    "The loss of a model that scales or caps its logits is its own: the validation loss equals what transformers computes from the checkpoint."
     settings = {"model.config": config_of(tmp_path, **CHANGED[name]), "model.optimizer.lr": 3e-3, "trainer.val_check_interval": 20, "trainer.max_steps": 20,
                 "data.packing": name != "gemma2", "model.schedule.kind": "constant"}
     run = fit_here(tmp_path / "run", **STEPS | settings)
     losses = series(run, "loss")
     assert losses[-1] < losses[0]
-    own = models_own_loss(export(run), batches_of("valid"))
+    own = models_own_loss(newest(run))
     assert abs(series(run, "loss", "valid")[-1] - own) < 1e-4
 
 
@@ -152,8 +152,7 @@ def test_a_resized_vocabulary_is_trained_and_exported(tmp_path, wider, strategy)
     make = fit_here if strategy == "auto" else fit
     config = config_of(tmp_path, model_type="gpt2", n_positions=128, n_embd=32, n_layer=1, n_head=2)
     run = make(tmp_path / "run", **STEPS, **{"model.config": config, "data.tokenizer": wider, "trainer.strategy": strategy})
-    model = AutoModelForCausalLM.from_pretrained(export(run))
-    tokenizer = AutoTokenizer.from_pretrained(run / "export")
+    model, tokenizer = newest(run), AutoTokenizer.from_pretrained(checkpoints(run)[-1])
     assert len(tokenizer) == model.config.vocab_size == 1285 == model.get_output_embeddings().weight.shape[0]
     assert model.get_input_embeddings().weight.data_ptr() == model.get_output_embeddings().weight.data_ptr(), "still tied"
     rows = model.get_input_embeddings().weight
@@ -162,7 +161,7 @@ def test_a_resized_vocabulary_is_trained_and_exported(tmp_path, wider, strategy)
 
 def test_untied_weights_stay_untied(tmp_path):
     run = fit_here(tmp_path / "run", **STEPS, **{"model.config": config_of(tmp_path, model_type="llama", tie_word_embeddings=False)})
-    model = AutoModelForCausalLM.from_pretrained(export(run))
+    model = newest(run)
     expected = weights(run)
     assert set(model.state_dict()) == set(expected) and all(torch.equal(model.state_dict()[k], v) for k, v in expected.items())
     assert not torch.equal(model.get_input_embeddings().weight, model.get_output_embeddings().weight)
@@ -202,3 +201,6 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, tiny):
     (folder / "state.ckpt").write_bytes((folder / "state.ckpt").read_bytes()[:-200])
     with pytest.raises((ValueError, RuntimeError)):
         read_weights(folder)
+
+
+pytestmark = pytest.mark.slow
