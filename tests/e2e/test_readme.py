@@ -50,6 +50,3 @@ def test_fengshen_commands_run_one_after_the_other(tmp_path):
     for line in FENGSHEN:
         done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, env=dict(os.environ, PATH=path, HF_HUB_OFFLINE="1"))
         assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
-
-
-pytestmark = pytest.mark.slow  # minutes of subprocess runs, timed waits among them: part of make test-slow until measured on idle cores
