@@ -4,6 +4,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,6 +44,12 @@ def runs(tmp_path_factory):
     return run
 
 
+@pytest.fixture(scope="module")
+def exported(runs, tmp_path_factory):
+    "The export of the run on one device; not to be changed."
+    return export(runs(), tmp_path_factory.mktemp("exported") / "export")
+
+
 def outside(folder, tmp_path):
     "The folder's tensors as a process without this library reads them."
     (tmp_path / "outside.py").write_text(OUTSIDE)
@@ -52,7 +59,7 @@ def outside(folder, tmp_path):
     return torch.load(tmp_path / "found.pt", weights_only=True)
 
 
-@pytest.mark.parametrize("strategy", ["auto", "zero2", "zero3"])
+@pytest.mark.parametrize("strategy", ["auto", "zero3", pytest.param("zero2", marks=pytest.mark.slow)])  # three processes each
 def test_the_folder_is_the_checkpoint_without_this_library(runs, tmp_path, strategy):
     run = runs(strategy)
     expected = read_weights(checkpoints(run)[-1])
@@ -68,10 +75,9 @@ def test_bfloat16_is_the_checkpoint_rounded_once(runs, tmp_path):
     assert all(found[name].dtype == torch.bfloat16 and torch.equal(found[name], value.to(torch.bfloat16)) for name, value in expected.items())
 
 
-def test_a_flipped_byte_is_found(runs, tmp_path):
-    folder = export(runs(), tmp_path / "export")
+def test_a_flipped_byte_is_found(runs, exported, tmp_path):
+    folder = Path(shutil.copytree(exported, tmp_path / "export"))
     expected = verify.probe(build(checkpoints(runs())[-1], torch.float32))
-    assert "verified" in verify_export(folder, expected)
     path = folder / "model.safetensors"
     content = bytearray(path.read_bytes())
     content[-5] ^= 1  # the lowest bits of a weight: the logits would hardly tell
@@ -80,8 +86,8 @@ def test_a_flipped_byte_is_found(runs, tmp_path):
         verify_export(folder, expected)
 
 
-def test_a_failed_verification_leaves_the_earlier_export(runs, tmp_path, monkeypatch):
-    out = export(runs(), tmp_path / "export")
+def test_a_failed_verification_leaves_the_earlier_export(runs, exported, tmp_path, monkeypatch):
+    out = Path(shutil.copytree(exported, tmp_path / "export"))
     before = (out / "model.safetensors").read_bytes()
 
     def refuse(folder, expected):
@@ -93,7 +99,7 @@ def test_a_failed_verification_leaves_the_earlier_export(runs, tmp_path, monkeyp
     assert (out / "model.safetensors").read_bytes() == before
 
 
-@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+@pytest.mark.parametrize("strategy", ["zero3", pytest.param("zero2", marks=pytest.mark.slow)])  # needs that run
 def test_a_missing_shard_is_refused(runs, tmp_path, strategy):
     folder = tmp_path / "checkpoints" / "step-00000003"
     shutil.copytree(checkpoints(runs(strategy))[-1], folder)
