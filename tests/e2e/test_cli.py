@@ -6,7 +6,7 @@ import sys
 import pytest
 import yaml
 
-from tests.training_runs import QUIET, environment, fit_here, flags, here, read, tiny_config
+from tests.training_runs import QUIET, environment, fit, fit_here, flags, here, read, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def test_a_deepspeed_file_may_not_set_what_the_recipe_sets(tmp_path, key):
 def test_a_deepspeed_file_trains(tmp_path, config):
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
-    run = fit_here(tmp_path / "run", **{"model.config": config, "trainer.max_steps": 1, "trainer.strategy": str(path)})
+    run = fit(tmp_path / "run", **{"model.config": config, "trainer.max_steps": 1, "trainer.strategy": str(path)})
     assert len(read(run)) == 1
 
 
