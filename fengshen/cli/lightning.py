@@ -84,7 +84,7 @@ class FengshenCLI(LightningCLI):
         self.name, self.make_callbacks = name, callbacks or (lambda config: [])
         super().__init__(
             classes["module"], classes["datamodule"], trainer_class=Trainer, trainer_defaults=trainer_defaults(), seed_everything_default=42,
-            save_config_callback=None, parser_class=QuietParser, parser_kwargs=dict(prog=prog, description="A recipe's keys, as flags."),
+            save_config_callback=None, parser_class=QuietParser, parser_kwargs=dict(prog=prog, allow_abbrev=False, description="A recipe's keys, as flags."),
             auto_configure_optimizers=False, load_from_checkpoint_support=False, run=False, args=args,
         )
 
