@@ -6,8 +6,9 @@
 __all__ = ['PACKAGED', 'HUBS', 'TEXT_FILES', 'packaged_files', 'resource', 'reachable', 'fetch']
 
 # %% ../../nbs/api/utils/resources.ipynb #c81e728d
+import http.client
 import os
-import socket
+import ssl
 import threading
 from importlib.resources import files
 from pathlib import Path
@@ -42,16 +43,21 @@ def reachable(
     url,  # The hub's address; its host and port are tried
     seconds=5.0,  # Deadline for name resolution and connection together
 ) -> bool:
-    "True if a connection to the host opens within the deadline (a proxy in the environment counts as reachable)."
+    "True if the host answers an HTTP request within the deadline, with whatever status (a proxy in the environment counts as reachable)."
     if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
         return True
     parts, done = urlparse(url), []
 
     def knock():
+        kind = http.client.HTTPConnection if parts.scheme == "http" else http.client.HTTPSConnection
         try:
-            socket.create_connection((parts.hostname, parts.port or (80 if parts.scheme == "http" else 443)), timeout=seconds).close()
+            connection = kind(parts.netloc, timeout=seconds)
+            connection.request("HEAD", "/")
+            connection.getresponse()
             done.append(True)
-        except OSError:
+        except ssl.SSLCertVerificationError:
+            done.append(True)  # it answers; whether it can be trusted is the download's question, and its error says so
+        except (OSError, http.client.HTTPException):
             pass
 
     # name resolution has no timeout of its own, so it is done aside and abandoned at the deadline
@@ -60,7 +66,7 @@ def reachable(
     thread.join(seconds)
     return bool(done)
 
-# %% ../../nbs/api/utils/resources.ipynb #6512bd43
+# %% ../../nbs/api/utils/resources.ipynb #c20ad4d7
 def _from_huggingface(name, allow):
     "The cached or downloaded snapshot folder of a Hugging Face id."
     from huggingface_hub import snapshot_download
@@ -91,7 +97,7 @@ def _from_modelscope(name, allow):
 
 HUBS = dict(huggingface=_from_huggingface, modelscope=_from_modelscope)
 
-# %% ../../nbs/api/utils/resources.ipynb #c51ce410
+# %% ../../nbs/api/utils/resources.ipynb #aab32389
 TEXT_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 
 

@@ -177,6 +177,3 @@ def test_help_does_not_wait_for_torch(words, tmp_path):
     program = f"import sys\nfrom fengshen.cli.main import main\nmain({words})\nsys.exit(bool({{'torch', 'transformers'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr[-1000:]
-
-
-pytestmark = pytest.mark.slow  # minutes of subprocess runs, timed waits among them: part of make test-slow until measured on idle cores

@@ -138,6 +138,3 @@ def test_a_checkpoint_with_a_program_in_it_is_not_run(runs, tmp_path, strategy, 
     with pytest.raises(pickle.UnpicklingError):
         read_weights(folder)
     assert not (tmp_path / "ran").exists()
-
-
-pytestmark = pytest.mark.slow  # minutes of subprocess runs, timed waits among them: part of make test-slow until measured on idle cores

@@ -142,6 +142,3 @@ def test_a_bad_rate_is_refused_and_the_pause_goes_on(start):
     with pytest.raises(ValueError, match="learning rate"):
         run.resume(lr=-1)
     assert run.control.waiting
-
-
-pytestmark = pytest.mark.slow  # minutes of subprocess runs, timed waits among them: part of make test-slow until measured on idle cores

@@ -155,6 +155,3 @@ def test_a_folder_needs_no_hub(tmp_path, monkeypatch):
     assert fetch("fengshen:tokenizer_demo").is_dir()
     with pytest.raises(ValueError, match="no such file or folder"):
         fetch(tmp_path / "nowhere")
-
-
-pytestmark = pytest.mark.slow  # minutes of subprocess runs, timed waits among them: part of make test-slow until measured on idle cores
