@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 import pytorch_lightning as pl
+from pytorch_lightning.strategies import StrategyRegistry
 
 from .callbacks import Recorder, Steering
 from .checkpoint import Checkpoints, checkpoints
@@ -83,7 +84,11 @@ def strategy_for(
     name,  # A strategy name, the path of a DeepSpeed JSON, or a strategy object
 ):
     "What Lightning's `Trainer(strategy=...)` takes: a JSON becomes a DeepSpeed strategy, anything else is passed on."
-    return AnyDeviceDeepSpeedStrategy(config=name) if isinstance(name, str) and name.endswith(".json") else name
+    if not isinstance(name, str):
+        return name
+    if name.endswith(".json"):
+        return AnyDeviceDeepSpeedStrategy(config=name)
+    return pick("strategy", name, {n: n for n in ("auto", *StrategyRegistry.available_strategies())})
 
 
 def new_trainer(
@@ -102,7 +107,7 @@ def new_trainer(
     precision, extra = settings.pop("precision", None) or default_precision(), settings.pop("callbacks", [])
     return pl.Trainer(**settings, precision=precision, strategy=strategy_for(strategy), callbacks=[*callbacks, *extra])
 
-# %% ../../nbs/api/training/trainer.ipynb #6f4922f4
+# %% ../../nbs/api/training/trainer.ipynb #1f0e3dad
 def finish_run(
     trainer,  # The trainer, after `fit`
     run_dir,  # The run's folder

@@ -142,7 +142,7 @@ def test_a_deepspeed_file_trains(tmp_path, config):
 
 
 def test_the_model_comes_from_one_place(tmp_path, finished):
-    assert "model.path" in refused_fit(tmp_path, **{"model.path": str(finished / "export")})
+    assert "model.path" in refused_fit(tmp_path, **{"model.path": str(finished / "export"), "model.config": "fengshen:models/gpt2_demo.json"})
     assert "model.config" in refused_fit(tmp_path, **{"model.config": None})
 
 

@@ -223,7 +223,7 @@ def truncate(self: Long, question, prompt, answer) -> list:
 @patch
 def split(self: Long, question, prompt, answer) -> list:
     "As many samples as the answer needs, in equal parts; the last one has the end."
-    prompt = self.shorten(question, prompt, self.max_length // 2)
+    prompt = self.shorten(question, prompt, max(self.max_length - len(answer), self.max_length // 2))
     room, pieces = self.max_length - len(prompt), []
     while len(answer) > room:
         share = self.whole(answer, -(-len(answer) // -(-len(answer) // room)))
@@ -258,7 +258,7 @@ class GPT2QADataset:
         self.encoder, self.template = Encoder(tokenizer), Template(prompt)
         self.long = Long(self.encoder, self.template, max_length)
         self.ids, self.offsets, self.starts = array("i"), array("q", [0]), array("i")
-        self.pair_lengths, self.long_pairs, self.bad, self.bad_lines = array("i"), [], 0, []
+        self.pair_lengths, self.long_pairs, self.lost, self.bad, self.bad_lines = array("i"), [], 0, 0, []
         self.read(limit)
         self.close()
 
@@ -309,7 +309,10 @@ def fit(self: GPT2QADataset, number, question, prompt, answer) -> list:
     if self.pair_lengths[-1] <= self.max_length:
         return [(prompt, answer)]
     self.long_pairs.append((number, len(prompt), len(answer)))
-    return LONG[self.on_long](self.long, question, prompt, answer)
+    samples = LONG[self.on_long](self.long, question, prompt, answer)
+    kept = len(samples[0][0]) + sum(len(a) for _, a in samples) if samples else 0
+    self.lost += self.pair_lengths[-1] - kept
+    return samples
 
 
 @patch
@@ -342,26 +345,28 @@ def refuse_long(self: GPT2QADataset):
     lengths, most = [p + a for _, p, a in self.long_pairs], self.max_length
     total, count = sum(self.pair_lengths), len(lengths)
     longest = sorted(self.long_pairs, key=lambda pair: -(pair[1] + pair[2]))[:3]
-    extra = sum(-(-a // (most - min(p, most // 2))) - 1 for _, p, a in self.long_pairs)
+    rooms = [max(most - a, most // 2) for _, _, a in self.long_pairs]
+    extra = sum(-(-a // (most - min(p, room))) - 1 for (_, p, a), room in zip(self.long_pairs, rooms))
+    cut = sum(max(0, p - room) for (_, p, _), room in zip(self.long_pairs, rooms))
     raise ValueError(explain(
         f"{self.name()}: {count:,} of {len(self.pair_lengths):,} pairs are longer than max_length, the longest are",
         ", ".join(f"line {n}: {p + a:,} tokens" for n, p, a in longest), f"at most {most:,} tokens",
         f"choose data.on_long: drop leaves out {count:,} pairs ({sum(lengths) / total:.1%} of all tokens), "
         f"truncate cuts {sum(lengths) - count * most:,} tokens ({(sum(lengths) - count * most) / total:.1%}), "
-        f"split makes about {extra:,} more samples; or raise data.max_length to {max(lengths):,} if the model's context allows"))
+        f"split makes about {extra:,} more samples and cuts {cut:,} tokens of long questions; or raise data.max_length to {max(lengths):,} if the model's context allows"))
 
 # %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #b53b3a3d
 @patch
 def make_report(self: GPT2QADataset) -> dict:
     "Counts of pairs, samples and tokens, lengths, what was cut or left out, and three examples."
     median, p90, p99 = (int(v) for v in np.percentile(self.pair_lengths, (50, 90, 99)))
-    before, tokens = int(self.pair_lengths.sum(dtype=np.int64)), len(self.ids)
+    tokens = len(self.ids)
     kept = int(self.starts.sum(dtype=np.int64))
     return dict(
         name=self.name(), pairs=len(self.pair_lengths), samples=len(self), tokens=tokens,
         scored=tokens - (kept if self.loss_on == "answer" else len(self)),
         lengths=dict(median=median, p90=p90, p99=p99, longest=int(self.pair_lengths.max())),
-        long=len(self.long_pairs), on_long=self.on_long, tokens_lost=max(0, before - tokens) if self.on_long != "split" else 0,
+        long=len(self.long_pairs), on_long=self.on_long, tokens_lost=self.lost,
         bad=self.bad, bad_lines=self.bad_lines, examples=[(self.question(i), self.answer(i)) for i in range(min(3, len(self)))])
 
 # %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #9f61408e
@@ -421,7 +426,7 @@ def answer(self: GPT2QADataset, i) -> str:
     ids = self.ids[self.offsets[i] + self.starts[i] : self.offsets[i + 1]].tolist()
     return self.tokenizer.decode(ids[:-1] if ids[-1] == self.encoder.eos else ids)
 
-# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #7cbbc409
+# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #32bb90e8
 @patch
 def _repr_html_(self: GPT2QADataset) -> str:
     "The report, and the first three samples with their scored tokens green."
@@ -429,13 +434,13 @@ def _repr_html_(self: GPT2QADataset) -> str:
     drawn = [f'<p style="white-space:pre-wrap">{row_html(s["input_ids"], s["labels"], tokenizer=self.tokenizer, width=400)}</p>' for s in samples]
     return f"<p>{html.escape(' '.join(self.lines()))}; <span style='{COLOURS['scored']}'>scored</span></p>{''.join(drawn)}"
 
-# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #e2c420d9
+# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #d2ddea18
 @patch
 def __repr__(self: GPT2QADataset) -> str:
     "The report as text."
     return " ".join(self.lines())
 
-# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #d09bf415
+# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #28dd2c79
 class GPT2QADataModel(LightningDataModule):
     "Question-answer pairs for a trainer: reads, tokenises, packs and shuffles them."
 
@@ -464,7 +469,7 @@ class GPT2QADataModel(LightningDataModule):
         self.limits = dict(train=limit_train, valid=limit_valid)
         self.sets, self.encoder = {}, None
 
-# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #28dd2c79
+# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #d1fe173d
 @patch
 def load(self: GPT2QADataModel):
     "The tokenizer (the one given, the one named, or the trained model's), and its encoder."
@@ -477,7 +482,7 @@ def load(self: GPT2QADataModel):
     self.encoder = self.encoder or Encoder(self.tokenizer)
     return self.tokenizer
 
-# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #d1fe173d
+# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #43ec517d
 @patch
 def setup(self: GPT2QADataModel, stage=None):
     "Read and tokenise what this stage needs and has not been read yet."
@@ -490,7 +495,7 @@ def setup(self: GPT2QADataModel, stage=None):
             self.sets[split + "_rows"] = rows = PackedDataset(self.sets[split], self.max_length)
             say(f"  packed into {len(rows):,} rows of {self.max_length:,} tokens, {rows.fill:.1%} full")
 
-# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #f033ab37
+# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #9778d5d2
 @patch
 def samples(self: GPT2QADataModel, split):
     "What the loaders of 'train' or 'valid' draw from: packed rows, or pairs."
@@ -499,7 +504,7 @@ def samples(self: GPT2QADataModel, split):
         raise ValueError(explain(f"there is no data to {'train' if split == 'train' else 'validate'} on", getattr(self, split), f"data.{split}", do))
     return self.sets[split + "_rows" if self.packing else split]
 
-# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #9778d5d2
+# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #68d30a95
 @patch
 def collate(self: GPT2QADataModel, samples, rows=1):
     "A list of samples (rows when packing) as a `Batch`; a packed one is filled with empty rows to `rows`, so that all have one shape."
@@ -508,7 +513,7 @@ def collate(self: GPT2QADataModel, samples, rows=1):
         return pack_rows(list(samples) + [[]] * (rows - len(samples)), self.max_length, pad_id, self.tokenizer)
     return pad_rows(samples, pad_id, self.tokenizer)
 
-# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #68d30a95
+# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #93db85ed
 @patch
 def place(self: GPT2QADataModel) -> dict:
     "Which process this is, of how many: the trainer's, or one alone."
@@ -532,7 +537,7 @@ def val_dataloader(self: GPT2QADataModel):
     collate = partial(self.collate, rows=self.valid_micro_batch)
     return EvalLoader(self.samples("valid"), self.valid_micro_batch, collate, **self.place())
 
-# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #8613985e
+# %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #92cc2275
 @patch
 def prompts(
     self: GPT2QADataModel,
