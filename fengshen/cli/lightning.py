@@ -10,12 +10,13 @@ import re
 from pathlib import Path
 
 import yaml
+from pytorch_lightning.accelerators import AcceleratorRegistry
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 
 from ..training.trainer import make_loggers, strategy_for, trainer_defaults
 from ..utils.device import default_precision
-from ..utils.core import Explained, explain, nearest
+from ..utils.core import Explained, explain, nearest, pick
 
 # %% ../../nbs/api/cli/lightning.ipynb #a87ff679
 EXTRA_KEYS = dict(  # key: (type, default, help)
@@ -95,6 +96,9 @@ class FengshenCLI(LightningCLI):
 
     def before_instantiate_classes(self):
         "Fill in the precision when nobody asked for one."
+        accelerators = ("auto", "gpu", *AcceleratorRegistry.available_accelerators())
+        if isinstance(self.config["trainer"]["accelerator"], str):
+            pick("accelerator", self.config["trainer"]["accelerator"], {n: n for n in accelerators})
         if self.config["trainer"]["precision"] is None:
             self.config["trainer"]["precision"] = default_precision()
 

@@ -7,6 +7,7 @@ __all__ = ['VERBS', 'check', 'usage', 'main']
 
 # %% ../../nbs/api/cli/main.ipynb #c81e728d
 import argparse
+import atexit
 import os
 import sys
 
@@ -19,11 +20,11 @@ def _fit(args):
     from fengshen.cli.fit import prepare, run_fit
 
     run_fit(prepare(args))
-    _close_processes()
+    atexit.register(_close_processes)  # at the very end: a caller in this process may train again
 
 
 def _close_processes():
-    "Close the process group of a finished command; torch warns about one that is left open."
+    "Close the process group when the program ends; torch warns about one that is left open."
     import torch.distributed
 
     if torch.distributed.is_initialized():

@@ -63,6 +63,9 @@ def read_recipe(
         raise ValueError(explain(f"{path} is not YAML", str(e).replace("\n", " "), "sections such as model:, data:, trainer:", "mend the file")) from None
     if not isinstance(content, dict):
         raise ValueError(explain(f"{path} is not a recipe", content, "sections such as model:, data:, trainer:"))
+    flat = [k for k in ("model", "data", "trainer", "checkpoint") if not isinstance(content.get(k, {}), dict)]
+    if flat:
+        raise ValueError(explain(f"{path}: {flat[0]} is not a section", content[flat[0]], f"keys below it, such as {flat[0]}: {{...}}"))
     about, small = content.pop("about", ""), content.pop("smoke", {})
     recipe = Recipe(merge(content, small) if smoke else content)
     recipe.name, recipe.about, recipe.smoke = path.stem, about, small

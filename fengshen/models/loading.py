@@ -84,8 +84,11 @@ def read_config_json(
     place = Path(place)
     if place.is_dir():
         return AutoConfig.from_pretrained(place)
-    values = json.loads(place.read_text("utf8"))
-    kind = values.pop("model_type", None)
+    try:
+        values = json.loads(place.read_text("utf8"))
+    except json.JSONDecodeError as e:
+        raise ValueError(explain(f"{place} is not JSON (line {e.lineno}, column {e.colno})", e.msg, "a Hugging Face config.json", "mend the file")) from None
+    kind = values.pop("model_type", None) if isinstance(values, dict) else type(values).__name__
     if kind not in CONFIG_MAPPING:
         raise ValueError(explain(f"{place} does not name an architecture transformers knows", kind, "a key model_type such as 'gpt2' or 'llama'"))
     return CONFIG_MAPPING[kind].from_dict(values)
@@ -99,6 +102,8 @@ def from_checkpoint(
     from transformers import AutoModelForCausalLM
 
     place = fetch(path, hub)
+    if not (place / "config.json").exists():
+        raise ValueError(explain("no model in this folder", str(path), "a Hugging Face folder with config.json and weights", "give the folder of an export, or a hub id"))
     model, info = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, output_loading_info=True)
     wrong = {k: sorted(map(str, info.get(k, ())))[:5] for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(k)}
     if wrong:
@@ -117,5 +122,10 @@ def fit_vocabulary(
     if tokens <= rows:
         return model
     say(f"embedding rows: {rows} -> {tokens}, because the tokenizer has {tokens - rows} tokens the model has not seen")
-    model.resize_token_embeddings(tokens, mean_resizing=True)
+    model.resize_token_embeddings(tokens, mean_resizing=False)
+    tables = {id(m.weight): m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}  # tied: one table
+    with gathered(tables.values(), modify=True), torch.no_grad():
+        for table in tables.values():
+            if len(table) == tokens:  # under ZeRO-3 whole on the rank that writes
+                table[rows:] = table[:rows].mean(0)
     return model

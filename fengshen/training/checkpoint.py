@@ -55,6 +55,8 @@ class Checkpoints(pl.Callback):
         keep=1,  # How many to keep; older ones are deleted after a newer one is complete
         at_end=True,  # Save when training ends or is stopped
     ):
+        if keep < 1:
+            raise ValueError(explain("no checkpoint would be kept", keep, "checkpoint.keep of at least 1", "to save none, set checkpoint.at_end false"))
         self.folder, self.every, self.keep, self.at_end = Path(run_dir) / "checkpoints", every_n_steps, keep, at_end
 
     def save(self, trainer):
@@ -92,7 +94,7 @@ PREFIX = "model."  # the Hugging Face model's name inside the LightningModule
 
 def _strip(weights):
     "Only the model's weights, under the names Hugging Face knows."
-    return OrderedDict((k[len(PREFIX):], v) for k, v in weights.items() if k.startswith(PREFIX))
+    return OrderedDict((k[len(PREFIX):], v.detach()) for k, v in weights.items() if k.startswith(PREFIX))
 
 
 def _read_file(path):
@@ -122,6 +124,8 @@ def _read_deepspeed(path):
     model_files = _rank_files(folder, "model_states.pt") or [folder / "mp_rank_00_model_states.pt"]
     states = _load_shard(model_files[0])
     optim = [_load_shard(f)["optimizer_state_dict"] for f in _rank_files(folder, "optim_states.pt")]
+    if not optim and any(p.numel() == 0 for p in states["module"].values()):
+        raise ValueError(explain(f"{folder} has no shard of the weights", "no *_optim_states.pt", "one for each process of the run", "copy the folder again"))
     if not optim:  # ZeRO stage 0, or weights saved alone
         return _strip(states["module"])
     expected = optim[0]["partition_count"]

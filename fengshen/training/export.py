@@ -77,7 +77,11 @@ def build(
 
     config = AutoConfig.from_pretrained(checkpoint)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    missing, unexpected = model.load_state_dict({k: v.to(dtype) for k, v in read_weights(checkpoint).items()}, strict=False)
+    weights, shapes = read_weights(checkpoint), {k: v.shape for k, v in model.state_dict().items()}
+    wrong = {k: (tuple(v.shape), tuple(shapes[k])) for k, v in weights.items() if k in shapes and v.shape != shapes[k]}
+    if wrong:
+        raise ValueError(explain("the checkpoint's weights have other shapes than its config says (found, expected)", dict(list(wrong.items())[:3]), "equal shapes"))
+    missing, unexpected = model.load_state_dict({k: v.to(dtype) for k, v in weights.items()}, strict=False)
     tied = set(getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ())
     missing = [k for k in missing if k not in tied]
     if missing or unexpected:
@@ -99,7 +103,8 @@ def verify_export(
     done = subprocess.run([sys.executable, verify.__file__, str(folder), str(note)], capture_output=True, text=True)
     note.unlink()
     if done.returncode:
-        raise ValueError(explain("the exported folder is not the checkpoint", done.stderr.strip().splitlines()[-1:], "equal tensors and logits",
+        said = done.stderr.strip().splitlines()[-1:] or f"the process ended with status {done.returncode}"
+        raise ValueError(explain("the exported folder is not the checkpoint", said, "equal tensors and logits",
                                  "the folder was not put in place; the checkpoint is untouched"))
     return done.stdout.strip().splitlines()[-1]
 
@@ -114,6 +119,8 @@ def export(
 
     started, checkpoint = time.time(), find_checkpoint(source)
     out = Path(out) if out else checkpoint.parent.parent / "export"
+    if out.exists() and any(out.iterdir()) and not (out / "config.json").exists():
+        raise ValueError(explain("the folder is not an export, and an export would replace it", str(out), "a new folder, or an earlier export", "give another --out"))
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model = build(checkpoint, pick("dtype", dtype, DTYPES))
