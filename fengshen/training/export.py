@@ -80,7 +80,7 @@ def build(
     weights, shapes = read_weights(checkpoint), {k: v.shape for k, v in model.state_dict().items()}
     wrong = {k: (tuple(v.shape), tuple(shapes[k])) for k, v in weights.items() if k in shapes and v.shape != shapes[k]}
     if wrong:
-        raise ValueError(explain("the checkpoint's weights have other shapes than its config says (found, expected)", dict(list(wrong.items())[:3]), "equal shapes"))
+        raise ValueError(explain("the checkpoint's weights are not those of its config; shapes (found, expected)", dict(list(wrong.items())[:3]), "equal shapes"))
     missing, unexpected = model.load_state_dict({k: v.to(dtype) for k, v in weights.items()}, strict=False)
     tied = set(getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ())
     missing = [k for k in missing if k not in tied]

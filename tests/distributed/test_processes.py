@@ -98,6 +98,3 @@ def test_a_failure_while_reading_the_data_ends_both_processes(folder, tmp_path):
                                       "trainer.strategy": "ddp"}))
     done = cli("fit", "-c", "demo", *words, cwd=tmp_path, timeout=120)
     assert done.returncode == 2 and done.stderr.count("absent.jsonl") == 1 and "Traceback" not in done.stderr, done.stderr[-3000:]
-
-
-pytestmark = pytest.mark.slow  # minutes of subprocess runs, timed waits among them: part of make test-slow until measured on idle cores

@@ -201,6 +201,3 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, tiny):
     (folder / "state.ckpt").write_bytes((folder / "state.ckpt").read_bytes()[:-200])
     with pytest.raises((ValueError, RuntimeError)):
         read_weights(folder)
-
-
-pytestmark = pytest.mark.slow

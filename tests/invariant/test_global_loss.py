@@ -84,6 +84,3 @@ def test_two_processes_are_one_batch(two, whole):
 def test_the_record_counts_the_tokens_of_both_processes(two):
     "A validation's line and the step's line before it stand at the same number of real tokens."
     assert series(two, "tokens", "valid") == series(two, "tokens")[-1:]
-
-
-pytestmark = pytest.mark.slow  # minutes of subprocess runs, timed waits among them: part of make test-slow until measured on idle cores
