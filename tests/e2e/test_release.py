@@ -11,7 +11,6 @@ from fengshen.training.control import RunControl
 from tests.training_runs import QUIET, tiny_config
 
 
-
 def tensors_of(run):
     "Weak references to every weight and every optimizer state of a run."
     optimizer = run.cli.trainer.optimizers[0]
