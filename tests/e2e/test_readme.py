@@ -1,13 +1,11 @@
 """README's commands are the tested ones: what a reader would type is typed here, from the README itself."""
-import os
 import re
 import shlex
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from tests.training_runs import environment
 from tools import pages
 
 ROOT = pages.ROOT
@@ -46,7 +44,6 @@ def test_every_other_command_is_known(line):
 @pytest.mark.timeout(900)
 def test_fengshen_commands_run_one_after_the_other(tmp_path):
     "In an empty folder, in the order of the page, exactly as written."
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     for line in FENGSHEN:
-        done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, env=dict(os.environ, PATH=path, HF_HUB_OFFLINE="1"))
+        done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, env=environment(HF_HUB_OFFLINE="1"))
         assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
