@@ -77,7 +77,7 @@ def choice(
     return value
 
 # %% ../../nbs/api/utils/core.ipynb #98f13708
-EXTRAS = dict(deepspeed="deepspeed", ipywidgets="widgets", tensorboard="log", modelscope="hub")
+EXTRAS = dict(deepspeed="deepspeed", ipywidgets="widgets", tensorboard="log", modelscope="hub", peft="lora")
 
 
 def need(
