@@ -101,7 +101,8 @@ def apart(a, b):
 
 def weights(run_dir):
     "The weights of a run's newest checkpoint."
-    from fengshen.training.checkpoint import checkpoints, read_weights
+    from fengshen.training.checkpoint import checkpoints
+    from fengshen.training.weights import read_weights
 
     return read_weights(checkpoints(run_dir)[-1])
 

@@ -13,14 +13,19 @@ import sys
 
 from .. import __version__
 from . import recipes
-from ..utils.core import Explained, is_main_process, nearest
+from ..utils.core import Explained, is_main_process, nearest, say
 
 # %% ../../nbs/api/cli/main.ipynb #1679091c
 def _fit(args):
     from fengshen.cli.fit import prepare, run_fit
+    from fengshen.training.interrupt import EXIT_RESUME, Interrupted
 
-    run_fit(prepare(args))
     atexit.register(_close_processes)  # at the very end: a caller in this process may train again
+    try:
+        run_fit(prepare(args))
+    except Interrupted as e:
+        say(f"fengshen fit: {e}")
+        return EXIT_RESUME
 
 
 def _close_processes():
@@ -117,14 +122,14 @@ def main(
         return 2
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else tokenizers warns in every process that Lightning starts
     try:
-        VERBS[verb][0](rest)
+        status = VERBS[verb][0](rest)
     except (ValueError, ImportError) as e:
         if not (e.args and isinstance(e.args[0], Explained)):
             raise
         if is_main_process():
             print(f"fengshen {verb}: {e}", file=sys.stderr)
         return 2
-    return 0
+    return status or 0
 
 
 if __name__ == "__main__" and "__file__" in globals():

@@ -20,18 +20,24 @@ from ..utils.core import explain
 def start_run(
     run_dir,  # The folder the run will fill
     overwrite=False,  # True: delete what an earlier run left there
-    going_on=False,  # True: the run continues from a checkpoint, so its record is kept
+    resume="never",  # auto: go on with a run that did not finish; a path: with that one, even if it finished; never: with none
 ) -> Path:
-    "Make a run's folder; a `ValueError` if a run is there already."
+    "Make a run's folder; a `ValueError` if a run is there already, or if the folder cannot be written."
     run_dir = Path(run_dir)
     held = [n for n in ("summary.json", "metrics.jsonl", "checkpoints") if (run_dir / n).exists()]
+    finished = "summary.json" in held
     if held and overwrite:
         shutil.rmtree(run_dir)
-    elif held and not going_on:
-        state = "a finished run" if "summary.json" in held else "a run that did not finish"
-        raise ValueError(explain(f"the folder holds {state}", str(run_dir), "a new folder",
-                                 "choose another with --run_dir, delete it with --overwrite true, or go on with --ckpt_path CHECKPOINT"))
-    run_dir.mkdir(parents=True, exist_ok=True)
+    elif held and (resume == "never" or (finished and resume == "auto")):
+        raise ValueError(explain(f"the folder holds {'a finished run' if finished else 'a run that did not finish'}", str(run_dir), "a new folder",
+                                 f"choose another with --run_dir, delete it with --overwrite true, or go on with --resume {run_dir if finished else 'auto'}"))
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "summary.json").unlink(missing_ok=True)
+        (run_dir / ".writable").touch()
+        (run_dir / ".writable").unlink()
+    except OSError as e:
+        raise ValueError(explain("the run's folder cannot be written", f"{run_dir}: {e.strerror}", "a folder with permission and room", "choose another with --run_dir")) from None
     return run_dir
 
 # %% ../../nbs/api/training/run.ipynb #45c48cce
@@ -88,7 +94,7 @@ class Run:
 
     def __repr__(self):
         last = (self.records("train") or [{}])[-1]
-        return f"Run({str(self.dir)!r}, step {last.get('step', 0)}, loss {last.get('loss', float('nan')):.4g}, {'finished' if self.summary() else 'not finished'})"
+        return f"Run({str(self.dir)!r}, step {last.get('step', 0)}, loss {float('nan') if last.get('loss') is None else last['loss']:.4g}, {'finished' if self.summary() else 'not finished'})"
 
 # %% ../../nbs/api/training/run.ipynb #9bf31c7f
 def charts(

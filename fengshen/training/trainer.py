@@ -16,7 +16,10 @@ from .callbacks import Recorder, Steering
 from .checkpoint import Checkpoints, checkpoints
 from .deepspeed import AnyDeviceDeepSpeedStrategy, register_strategies
 from .export import export as export_folder
+from .guards import Guards
 from .progress import TerminalProgress
+from .interrupt import StopOnSignal
+from .resume import Resume
 from .run import Run, start_run, write_report
 from ..utils.core import need, pick, say
 from ..utils.device import avoid_fragmentation, default_precision, lightning_accelerator, point_deepspeed_at
@@ -69,15 +72,15 @@ def make_loggers(
 # %% ../../nbs/api/training/trainer.ipynb #6512bd43
 def run_callbacks(
     run_dir,  # The run's folder
-    every_n_steps=0,  # Save a checkpoint this often; 0: only at the end
-    keep=1,  # Checkpoints to keep
-    at_end=True,  # Save when training ends
     view=None,  # A live view; None: one line in the terminal
     control=None,  # A `RunControl` for pause, stop and the learning rate
+    guards=None,  # Arguments of `Guards`; None: its defaults
+    **checkpoint,  # Arguments of `Checkpoints`
 ) -> list:
-    "The callbacks of a run: its record and view, its checkpoints, and the wheel when somebody holds it."
-    recorder = Recorder(run_dir, view if view is not None else TerminalProgress())
-    return [recorder, *([Steering(control)] if control is not None else []), Checkpoints(run_dir, every_n_steps, keep, at_end)]
+    "The callbacks of a run: its record and view, its guards, the wheel when somebody holds it, its checkpoints, and what a resumed run needs."
+    recorder, checkpoints = Recorder(run_dir, view if view is not None else TerminalProgress()), Checkpoints(run_dir, **checkpoint)
+    steering = [Steering(control)] if control is not None else []
+    return [recorder, Guards(run_dir, **(guards or {})), *steering, StopOnSignal(save=checkpoints.save_now), checkpoints, Resume()]
 
 # %% ../../nbs/api/training/trainer.ipynb #aab32389
 def strategy_for(
@@ -98,11 +101,12 @@ def new_trainer(
     control=None,  # A `RunControl`
     strategy="auto",  # Strategy name, DeepSpeed JSON, or object
     save_every=0,  # Checkpoint every so many steps; 0: at the end
+    guards=None,  # Arguments of `Guards`, dict(on_nan="skip") for example; None: its defaults
     **settings,  # Anything `pytorch_lightning.Trainer` takes; wins over the defaults
 ) -> pl.Trainer:
     "A Lightning Trainer with our defaults and a run's callbacks."
     start_run(run_dir, overwrite)
-    callbacks = run_callbacks(run_dir, save_every, view=view, control=control)
+    callbacks = run_callbacks(run_dir, view, control, guards, every_n_steps=save_every)
     settings = trainer_defaults() | settings
     precision, extra = settings.pop("precision", None) or default_precision(), settings.pop("callbacks", [])
     return pl.Trainer(**settings, precision=precision, strategy=strategy_for(strategy), callbacks=[*callbacks, *extra])

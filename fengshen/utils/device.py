@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['device_kind', 'lightning_accelerator', 'default_precision', 'point_deepspeed_at', 'memory', 'host_memory',
            'reset_peak_memory', 'release_cached_memory', 'avoid_fragmentation', 'has_flash_varlen',
-           'has_device_compiler', 'synchronize', 'seeded']
+           'has_device_compiler', 'synchronize', 'seeded', 'device_rng', 'set_device_rng']
 
 # %% ../../nbs/api/utils/device.ipynb #c81e728d
 import contextlib
@@ -108,3 +108,16 @@ def seeded(
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
+
+
+def device_rng():
+    "The random state of this process's device, a byte tensor; None on a CPU, where torch's own state is all."
+    return torch.cuda.get_rng_state() if device_kind() == "cuda" else None
+
+
+def set_device_rng(
+    state,  # What `device_rng` returned; None changes nothing
+):
+    "Put the device's random state back."
+    if state is not None and device_kind() == "cuda":
+        torch.cuda.set_rng_state(state)

@@ -9,9 +9,10 @@ from torchmetrics import Metric
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fengshen.losses import cross_entropy
-from fengshen.training.checkpoint import checkpoints, read_weights
+from fengshen.training.checkpoint import checkpoints
 from fengshen.training.export import build
 from fengshen.training.module import head_is_plain
+from fengshen.training.weights import read_weights
 from fengshen.utils.resources import resource
 from tests.training_runs import apart, fit, fit_here, here, read, series, weights
 
