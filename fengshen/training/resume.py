@@ -172,7 +172,7 @@ class Resume(pl.Callback):
     "Saves and restores what Lightning and DeepSpeed leave out."
 
     def __init__(self):
-        self.manifest, self.accept, self.pending = None, False, None
+        self.manifest, self.accept, self.pending, self.same_data = None, False, None, True
 
     def state_dict(self) -> dict:
         "The random state of every rank; every process calls this."
@@ -212,6 +212,8 @@ def on_train_start(self: Resume, trainer, module):
         torch.distributed.all_gather_object(steps, self.manifest["step"])
         if len(set(steps)) > 1:
             raise ValueError(explain("the processes found different checkpoints to go on with", steps, "one step on all", "the run's folder has to be the same on every machine"))
+    if self.same_data and hasattr(trainer.train_dataloader, "load_state_dict"):
+        trainer.train_dataloader.load_state_dict(self.manifest["data"])  # Lightning forgets it when the loader was built early, to count the steps of an epoch
     say(f"going on after step {trainer.global_step:,}")
     if self.manifest["validation_due"]:
         validate_now(trainer)
@@ -237,8 +239,8 @@ def on_load_checkpoint(self: Resume, trainer, module, checkpoint):
     state = checkpoint["loops"]["fit_loop"]
     loader = trainer.datamodule.train_dataloader()
     now, then = loader.state_dict(), self.manifest["data"]
-    same = all(now[k] == then[k] for k in ("fingerprint", "size", "seed"))
-    if not same and self.accept:
+    self.same_data = not self.accept or all(now[k] == then[k] for k in ("fingerprint", "size", "seed"))
+    if not self.same_data:
         say("the data are not those of the saved run: starting with their first epoch")
         state["state_dict"].pop("combined_loader", None)
         set_progress(state, 0, False)
