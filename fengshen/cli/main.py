@@ -36,6 +36,12 @@ def _close_processes():
         torch.distributed.destroy_process_group()
 
 
+def _doctor(args):
+    from fengshen.cli.doctor import run_doctor
+
+    return run_doctor(args)
+
+
 def _validate(args):
     from fengshen.cli.fit import make_cli, run_validate, split_args
 
@@ -43,10 +49,13 @@ def _validate(args):
 
 # %% ../../nbs/api/cli/main.ipynb #c9f0f895
 def _export(args):
-    parser = argparse.ArgumentParser("fengshen export", description="Write a run or one of its checkpoints as a verified Hugging Face folder.")
-    parser.add_argument("source", help="a run's folder, or checkpoints/step-XXXXXXXX in it")
-    parser.add_argument("--out", help="where to put the folder; default: export/ in the run")
-    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
+    parser = argparse.ArgumentParser("fengshen export", description="Write a run or any checkpoint as a verified Hugging Face folder.")
+    parser.add_argument("source", help="a run's folder, checkpoints/step-XXXXXXXX in it, or another checkpoint: a DeepSpeed or Hugging Face folder, a .ckpt, .pt or .bin file")
+    parser.add_argument("--out", help="where to put the folder; default: export/ in the run, or a folder beside the source")
+    parser.add_argument("--dtype", default="auto", help="auto (what the source has: float32 after a training here), float32, bfloat16 or float16")
+    parser.add_argument("--config", help="a config.json, a folder with one, or a hub id; needed where the source has none")
+    parser.add_argument("--tokenizer", help="a folder with a tokenizer, or a hub id; needed where the source has none")
+    parser.add_argument("--adapter", default="merged", help="what becomes of a LoRA adapter: merged into the weights, or alone, as a folder for peft")
     from fengshen.training.export import export
 
     export(**vars(parser.parse_args(args)))
@@ -91,9 +100,10 @@ def check(name):
 # %% ../../nbs/api/cli/main.ipynb #c20ad4d7
 VERBS = dict(
     fit=(_fit, "train a recipe: fengshen fit -c demo --trainer.max_steps 100"),
+    doctor=(_doctor, "find what would stop a run, before it starts: fengshen doctor -c demo"),
     validate=(_validate, "loss, perplexity and sampled answers of a model: fengshen validate -c demo --model.path FOLDER"),
     generate=(_generate, "continue prompts: fengshen generate FOLDER --prompt TEXT"),
-    export=(_export, "write a run's checkpoint as a Hugging Face folder: fengshen export RUN"),
+    export=(_export, "write any checkpoint as a Hugging Face folder: fengshen export RUN"),
     recipes=(_recipes, "ls, cat, cp, check: the recipes that ship with the package"),
 )
 
