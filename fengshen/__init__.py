@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-LAZY = dict(Run="training.run", export="training.export", generate="pipelines.generate", read_recipe="cli.recipes")
+LAZY = dict(Run="training.run", export="training.export", generate="pipelines.generate", read_recipe="cli.recipes", doctor="cli.doctor")
 __all__ = ["fit", *LAZY]
 
 

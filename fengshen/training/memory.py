@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GIB', 'ASIDE', 'PLACES', 'PLAIN', 'WIDTHS', 'COUNTED', 'PRODUCTS', 'IN_FLOAT32', 'PROCESS', 'PINNED', 'LEVERS',
-           'size_text', 'Part', 'Memory', 'config_of', 'empty_model', 'Counts', 'adapters', 'count', 'Layout',
-           'layout_of', 'Setting', 'FusedAttention', 'counted_attention', 'Watch', 'tensors_in', 'Kept', 'watch_norms',
+           'size_text', 'Part', 'Memory', 'config_of', 'empty_model', 'Counts', 'count', 'Layout', 'layout_of',
+           'Setting', 'FusedAttention', 'counted_attention', 'Watch', 'tensors_in', 'Kept', 'watch_norms',
            'watch_blocks', 'run_empty', 'kept', 'tally', 'kept_by_formula', 'kept_or_formula', 'host_parts',
            'disk_parts', 'logits_part', 'estimate', 'host_free', 'lighter']
 
@@ -20,9 +20,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 from transformers.masking_utils import sdpa_mask
-from transformers.pytorch_utils import Conv1D
 
 from ..models.loading import read_config_json
+from ..models.lora import LoRAConfig, target_layers
 from .deepspeed import read_config
 from ..utils.charts import table_html
 from ..utils.core import explain, patch, pick
@@ -148,19 +148,15 @@ class Counts:
     largest: int  # Of the largest single module, which ZeRO-3 gathers whole
 
 
-def adapters(model, rank) -> int:
-    "Parameters of LoRA adapters on every linear layer of the blocks."
-    return sum(rank * sum(m.weight.shape) for m in blocks(model).modules() if isinstance(m, (nn.Linear, Conv1D)))
-
-
 def count(
     model,  # A model; on the meta device it costs nothing
-    lora=None,  # Rank of LoRA adapters on the blocks' linear layers; None: every parameter is trained
+    lora=None,  # A LoRAConfig, or the rank of adapters on every linear layer; None: every parameter is trained
 ) -> Counts:
     "Parameters of a model: all, trained, and those of its largest module."
     whole = sum(p.numel() for p in model.parameters())
     largest = max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules())
-    added = adapters(model, lora) if lora else 0
+    lora = LoRAConfig(r=lora) if isinstance(lora, int) else lora
+    added = sum(lora.r * sum(layer.weight.shape) for layer in target_layers(model, lora).values()) if lora else 0
     return Counts(whole + added, added or whole, largest)
 
 # %% ../../nbs/api/training/memory.ipynb #c51ce410
@@ -502,7 +498,7 @@ def estimate(
     attention="auto",  # "eager" keeps a matrix of scores; the others do not
     checkpointing=False,  # True: the blocks are computed again in the backward pass
     compiled=False,  # True: the blocks are compiled
-    lora=None,  # Rank of LoRA adapters; None: all parameters are trained
+    lora=None,  # A LoRAConfig, or its rank; None: all parameters are trained
     chunk=2048,  # Scored tokens whose logits exist at once; None: all, for a model that changes its logits after the head
 ) -> Memory:
     "Bytes on the device, on the host and on disk."
