@@ -174,7 +174,7 @@ def to_universal(
     "Convert a verified checkpoint so that any number of processes can load it."
     say(f"converting {Path(state).parent.name} for another number of processes")
     shutil.rmtree(out, ignore_errors=True)
-    words = ["--input_folder", str(Path(state) / "checkpoint"), "--output_folder", str(Path(out) / "universal"), "--inject_missing_state"]
+    words = ["--input_folder", str(Path(state) / "checkpoint"), "--output_folder", str(Path(out) / "checkpoint"), "--inject_missing_state"]
     alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *words, "--num_extract_workers", "2", "--num_merge_workers", "2"]
     done = subprocess.run(command, capture_output=True, text=True, env=alone)

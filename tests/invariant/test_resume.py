@@ -147,7 +147,8 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path):
     pytest.param("zero1", 1, 2, marks=pytest.mark.slow), pytest.param("zero3_offload", 2, 1, marks=pytest.mark.slow)])
 def test_another_number_of_processes(tmp_path, strategy, saved, later):
     "The global batch stays, every row of the epoch is seen once, and the losses are those of the straight run to 1e-5."
-    calm = {"model.config": tiny_config(tmp_path), "trainer.strategy": strategy, "trainer.accelerator": "cpu", "trainer.max_steps": 14,
+    (tmp_path / "calm").mkdir()
+    calm = {"model.config": tiny_config(tmp_path / "calm"), "trainer.strategy": strategy, "trainer.accelerator": "cpu", "trainer.max_steps": 14,
             "checkpoint.every_n_steps": 7, "checkpoint.keep": 99}
     given = settings(tmp_path, **calm | {"trainer.devices": saved})
     straight = fit(tmp_path / "straight", **given)
