@@ -257,7 +257,7 @@ class GPT2QADataset:
         self.loss_on, self.on_long, self.on_bad_line = loss_on, on_long, on_bad_line
         self.encoder, self.template = Encoder(tokenizer), Template(prompt)
         self.long = Long(self.encoder, self.template, max_length)
-        self.ids, self.offsets, self.starts = array("i"), array("q", [0]), array("i")
+        self.ids, self.offsets, self.starts, self.line_numbers = array("i"), array("q", [0]), array("i"), array("q")
         self.pair_lengths, self.long_pairs, self.lost, self.bad, self.bad_lines = array("i"), [], 0, 0, []
         self.read(limit)
         self.close()
@@ -299,7 +299,7 @@ def add(self: GPT2QADataset, chunk):
             self.bad_line(number, "the tokenizer finds no token in the answer", dict(answer=text))
             continue
         for sample in self.fit(number, question, prompt, answer + [self.encoder.eos]):
-            self.store(*sample)
+            self.store(number, *sample)
 
 # %% ../../../nbs/api/data/task_dataloader/medicalQADataset.ipynb #c0c7c76d
 @patch
@@ -316,8 +316,9 @@ def fit(self: GPT2QADataset, number, question, prompt, answer) -> list:
 
 
 @patch
-def store(self: GPT2QADataset, prompt, answer):
-    "Append a sample."
+def store(self: GPT2QADataset, number, prompt, answer):
+    "Append a sample, and the line it comes from."
+    self.line_numbers.append(number)
     self.ids.extend(prompt)
     self.ids.extend(answer)
     self.offsets.append(len(self.ids))
