@@ -88,7 +88,7 @@ def test_a_value_out_of_range(settings, named):
     ({"data.train": "absent.jsonl"}, "absent.jsonl"), ({"data.tokenizer": "./absent"}, "absent"), ({"model.config": "absent.json"}, "absent.json"),
     ({"model.config": None, "model.path": "./absent"}, "absent"), ({"trainer.strategy": "absent.json"}, "absent.json"),
     ({"data.train": "fengshen:qa_demo/trian.jsonl"}, "fengshen:qa_demo/train.jsonl"),
-    ({"ckpt_path": "runs/absent/checkpoints/step-00000001"}, "absent")])
+    ({"resume": "runs/absent/checkpoints/step-00000001"}, "absent")])
 def test_a_file_that_is_not_there(settings, named):
     err = refused("fit", "-c", "demo", *flags(STEPS | {"run_dir": "run"} | settings))
     assert named in err
@@ -267,9 +267,9 @@ def test_an_unfinished_run_is_refused_and_taken_up_again():
     last.rename(last.with_name("step-00000006.partial"))
     lines = (killed / "metrics.jsonl").read_text("utf8").splitlines(keepends=True)
     (killed / "metrics.jsonl").write_text("".join(lines[:4]) + lines[4][:20], "utf8")  # it was writing when it died
-    err = refused("fit", "-c", str(killed / "run.yaml"))
-    assert "did not finish" in err and "--ckpt_path" in err
-    status, out, err = here("fit", "-c", str(killed / "run.yaml"), *flags({"ckpt_path": str(killed / "checkpoints" / "step-00000003")}))
+    err = refused("fit", "-c", str(killed / "run.yaml"), "--resume", "never")
+    assert "did not finish" in err and "--resume auto" in err
+    status, out, err = here("fit", "-c", str(killed / "run.yaml"))
     assert status == 0, err
     assert weights_apart(weights(killed), weights(straight)) < 1e-6
     from fengshen.training.run import Run
@@ -288,7 +288,7 @@ def test_validate_says_what_training_said(done):
     last = read(done, "valid")[-1]
     settings = STEPS | {"model.config": str(done.parent / "tiny.json"), "model.samples": 1}
     model = {"model.config": None, "model.path": str(done / "export")}
-    checkpoint = {"ckpt_path": str(next((done / "checkpoints").iterdir()))}
+    checkpoint = {"resume": str(next((done / "checkpoints").iterdir()))}
     for source in (model, checkpoint):
         status, out, err = here("validate", "-c", "demo", *flags(settings | source))
         assert status == 0, err
