@@ -47,9 +47,19 @@ def high(logits, labels):
     return cross_entropy(logits, labels) + 50.0 * (labels == MARK)
 
 
+damage = None  # A file that `damaging` cuts short
+
+
+def damaging(logits, labels):
+    "NaN for the mark, after cutting the file `damage` in half."
+    if (labels == MARK).any() and damage.exists():
+        damage.write_bytes(damage.read_bytes()[: damage.stat().st_size // 2])
+    return nan_loss(logits, labels)
+
+
 def hungry(logits, labels):
-    "Wants more memory than there is for more than two answers at once."
-    if len(labels) > 40:
+    "Wants more memory than there is for more scored tokens than two samples have."
+    if len(labels) > 125:
         raise torch.OutOfMemoryError("out of memory. Tried to allocate 2.00 GiB.")
     return cross_entropy(logits, labels)
 

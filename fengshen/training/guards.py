@@ -198,7 +198,7 @@ def ceiling(
 @patch
 def on_spike_seen(self: Guards, trainer, module, figures, parts, top):
     "Write the samples of a spike down; warn or stop."
-    whole = float(module.totals.labels) / module.loss_scale()  # undoes what `training_step` has multiplied
+    whole = float(module.totals.labels) * trainer.accumulate_grad_batches / module.loss_scale()  # undoes what `training_step` and Lightning have done to a sum
     samples = offenders(parts, lambda part: part.labels and float(part.loss) * whole / part.labels > top)
     row = self.note(trainer, "spike", self.on_spike, samples, loss=figures["loss"], ceiling=top)
     if self.on_spike == "stop":
