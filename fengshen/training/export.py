@@ -236,7 +236,7 @@ def write_adapter(
     stream = ((peft_name(n.removeprefix(PREFIX)), t) for n, t in source.weights.stream(order))
     found = write_weights(folder, stream, layout, stem="adapter_model")
     settings = peft_config(config, layers)
-    settings.base_model_name_or_path, settings.inference_mode = base_name(source, base), True
+    settings.base_model_name_or_path, settings.inference_mode, settings.init_lora_weights = base_name(source, base), True, True
     settings.save_pretrained(folder)
     return dict(tensors=found, dtype=str(dtype).removeprefix("torch."))
 
@@ -351,9 +351,9 @@ def export(
     started, checkpoint, write = time.time(), find_source(source), pick("adapter", adapter, ADAPTERS)
     out = out_folder(checkpoint, out)
     found = open_source(checkpoint, config)
-    words, kind = find_tokenizer(checkpoint, found.config.vocab_size, tokenizer), pick_dtype(dtype, found.weights)
     if adapter == "alone" and not found.lora:
         raise ValueError(explain("there is no adapter in this checkpoint", str(checkpoint), "a run with model.lora", "leave --adapter out"))
+    words, kind = find_tokenizer(checkpoint, found.config.vocab_size, tokenizer), pick_dtype(dtype, found.weights)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     expected = write(found, partial, kind)

@@ -54,7 +54,7 @@ DICTS = ["pytorch_lightning.utilities.parsing.AttributeDict", "lightning_fabric.
 SAFE = [(StandIn, f"{module}.{name}") for module, names in NAMED.items() for name in names] + [(dict, name) for name in DICTS]
 
 # %% ../../nbs/api/training/weights.ipynb #8f14e45f
-DAMAGE = (pickle.UnpicklingError, RuntimeError, EOFError, struct.error, ValueError, LookupError, TypeError, AttributeError, AssertionError)  # what torch raises on a damaged file
+DAMAGE = (pickle.UnpicklingError, RuntimeError, OSError, EOFError, struct.error, ValueError, LookupError, TypeError, AttributeError, AssertionError)  # what torch raises on a damaged file
 
 
 def is_archive(
@@ -114,6 +114,8 @@ class Part:
 class Weights:
     "The weights of a source: names, shapes and dtypes at once, tensors when they are asked for."
 
+    let_go = 1 << 30  # bytes after which a part is opened again
+
     def __init__(
         self,
         path,  # The file or folder
@@ -133,7 +135,6 @@ class Weights:
     def stream(
         self,
         names=None,  # The names wanted; None: all
-        let_go=1 << 30,  # Bytes after which a part is opened again
     ):
         "Yield (name, tensor) in the order of the files. A tensor may lie in a mapped file: use it before the next, and do not write to it."
         wanted = set(self.shapes if names is None else names)
@@ -141,7 +142,7 @@ class Weights:
             mine = [n for n in self.shapes if self.places[n] == number and n in wanted]
             opened, held = part.open() if mine else {}, 0
             for name in mine:
-                if part.again and held > let_go:
+                if part.again and held > self.let_go:
                     opened, held = None, 0  # close before opening again
                     opened = part.open()
                 tensor = opened[name].read()
@@ -458,6 +459,7 @@ def read_weights(
 ) -> OrderedDict:
     "All weights by name, without the prefix that our trainer gives them; for a large model take `open_weights` and stream."
     weights = open_weights(path)
+    weights.let_go = math.inf  # all of it is wanted at once
     mine = [n for n in weights.shapes if n.startswith(PREFIX)] if weights.trained else []
     cut = len(PREFIX) if mine else 0
-    return OrderedDict((name[cut:], tensor) for name, tensor in weights.stream(mine or None, let_go=math.inf))
+    return OrderedDict((name[cut:], tensor) for name, tensor in weights.stream(mine or None))
