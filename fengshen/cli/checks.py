@@ -25,7 +25,6 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from .fit import make_cli, split_args
 from ..utils.core import explain
 
 # %% ../../nbs/api/cli/checks.ipynb #e4da3b7f
@@ -53,7 +52,7 @@ def failed(
     return Finding("fail", text if isinstance(error, (ValueError, ImportError)) and text else f"{type(error).__name__}: {text}", remedy)
 
 # %% ../../nbs/api/cli/checks.ipynb #c9f0f895
-MADE_BY = dict(cli="recipe", config="model", tokenizer="tokenizer", sets="lengths", folder="folder", memory="memory", rehearsal="step")
+MADE_BY = dict(cli="recipe", config="model", tokenizer="tokenizer", read="data", sets="lengths", folder="folder", memory="memory", rehearsal="step")
 
 
 class Waiting(Exception):
@@ -141,6 +140,8 @@ def environment(case) -> Finding:
 # %% ../../nbs/api/cli/checks.ipynb #aab32389
 def recipe(case) -> Finding:
     "Parse the recipe, build its classes."
+    from fengshen.cli.fit import make_cli, split_args
+
     settings, name, rest = split_args(case.words)
     if not settings and not rest:
         raise ValueError(explain("there is no recipe", None, "a recipe's name or file", "fengshen doctor -c demo; fengshen recipes ls lists them"))
@@ -299,6 +300,7 @@ def data(case) -> Finding:
         wrong += len(bad)
         if not good:
             return Finding("fail", f"{split} {source} holds no question-answer pair" + (f"; line {bad[0][0]}: {bad[0][1]}" if bad else ""), 'a line is {"question": "...", "answer": "..."}')
+    case.read = True
     skipped = case.data.settings["on_bad_line"] == "skip"
     remedy = "they will be left out" if skipped else "correct them, or leave such lines out with data.on_bad_line=skip"
     return Finding("warn" if skipped else "fail", "; ".join(shown), remedy) if wrong else Finding("ok", "; ".join(shown))
@@ -312,6 +314,7 @@ def lengths(case) -> Finding:
     from fengshen.data.task_dataloader.medicalQADataset import GPT2QADataset
 
     asked, sets, findings = case.data.settings["on_long"], {}, []
+    case.read  # files that cannot be read were told of
     settings = case.data.settings | dict(on_bad_line="skip", on_long="truncate" if asked == "error" else asked)
     for split, source in sources(case).items():
         limit = min(LINES, case.data.limits[split] or LINES)
@@ -342,6 +345,7 @@ def squeeze(text) -> str:
 
 def vocabulary(case) -> Finding:
     "Share of unknown tokens, and of texts that come back from their tokens."
+    case.read
     known = case.tokenizer
     texts = [text for _, question, answer in pairs(case, "train", TEXTS)[0] for text in (question, answer)]
     ids = known(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
@@ -470,8 +474,7 @@ def disk(case) -> Finding:
     keep = case.cli.config["checkpoint"].as_dict()
     count = keep["keep"] + keep.get("keep_best", 0) + 1
     need = case.memory.checkpoint * count + (case.memory.export if case.cli.config["export"] else 0) + case.memory.disk
-    place = nearest_folder(Path(case.cli.config["run_dir"]).parent)
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(case.folder).free
     shown = f"{size_text(need)} of {size_text(free)} free: {count} checkpoints of {size_text(case.memory.checkpoint)}" + (", and the export" if case.cli.config["export"] else "")
     if need > NARROW * free:
         return Finding("fail" if need > free else "warn", shown, "free some space, lower checkpoint.keep, or put --run_dir on another disk")

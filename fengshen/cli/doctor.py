@@ -23,7 +23,6 @@ from rich.console import Console
 
 from . import checks, rehearsal
 from .checks import Case, Finding, Waiting, failed
-from .fit import words
 from ..utils.charts import table_html
 from ..utils.core import patch
 
@@ -152,6 +151,8 @@ def doctor(
     **overrides,  # {"trainer.max_steps": 100, ...}: flags of `fengshen fit`, without dashes
 ) -> Diagnosis:
     "Everything that would stop a run of this recipe, with remedies."
+    from fengshen.cli.fit import words
+
     return diagnose(words(recipe, overrides))
 
 # %% ../../nbs/api/cli/doctor.ipynb #9bf31c7f

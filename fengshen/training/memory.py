@@ -533,9 +533,9 @@ def host_free(
 # %% ../../nbs/api/training/memory.ipynb #67c6a1e7
 LEVERS = {
     "model.gradient_checkpointing true": dict(checkpointing=True, compiled=False),
-    "data.micro_batch 1 (raise trainer.accumulate_grad_batches)": dict(micro_batch=1),
-    "both of these": dict(checkpointing=True, compiled=False, micro_batch=1),
-    "trainer.strategy zero3_offload, both of these": dict(checkpointing=True, compiled=False, micro_batch=1, strategy="zero3_offload"),
+    "data.micro_batch 1, with more trainer.accumulate_grad_batches": dict(micro_batch=1),
+    "model.gradient_checkpointing true and data.micro_batch 1": dict(checkpointing=True, compiled=False, micro_batch=1),
+    "trainer.strategy zero3_offload, model.gradient_checkpointing true and data.micro_batch 1": dict(checkpointing=True, compiled=False, micro_batch=1, strategy="zero3_offload"),
 }
 
 
