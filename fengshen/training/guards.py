@@ -7,7 +7,6 @@ __all__ = ['ON_NAN', 'ON_SPIKE', 'WINDOW', 'WARMUP', 'FLOOR', 'FIRST', 'STARVING
            'offenders', 'figure', 'listed', 'ceiling', 'probe', 'ran_out', 'lighter', 'memory_advice']
 
 # %% ../../nbs/api/training/guards.ipynb #a6f44731
-import contextlib
 import json
 import math
 import time
@@ -336,17 +335,23 @@ def lighter(
     return ways
 
 
-@contextlib.contextmanager
-def memory_advice(
-    trainer,  # The trainer that runs in the body
-    module,  # Its module
-):
-    "Explain an out-of-memory error of the body, with the flags that would avoid it."
-    try:
-        yield
-    except (RuntimeError, MemoryError) as e:  # torch.OutOfMemoryError is a RuntimeError
-        if not ran_out(e):
-            raise
-        e.__traceback__ = None
-        ways = lighter(trainer, module) or ["shorter rows (data.max_length), or a device with more memory"]
-        raise ValueError(explain(f"memory ran out after step {trainer.global_step}", str(e).strip().split("\n")[0], "a step that fits", "try " + "; or ".join(ways))) from None
+class memory_advice:
+    "Explain an out-of-memory error of the body, with the flags that would avoid it: `with memory_advice(trainer, module): trainer.fit(...)`."
+
+    def __init__(
+        self,
+        trainer,  # The trainer that runs in the body
+        module,  # Its module
+    ):
+        self.trainer, self.module = trainer, module
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        "Raise the explanation; any other error passes."
+        if error is None or not ran_out(error):
+            return False
+        error.__traceback__ = traceback = None  # noqa: F841, both hold the frames
+        ways = lighter(self.trainer, self.module) or ["shorter rows (data.max_length), or a device with more memory"]
+        raise ValueError(explain(f"memory ran out after step {self.trainer.global_step}", str(error).strip().split("\n")[0], "a step that fits", "try " + "; or ".join(ways))) from None

@@ -64,6 +64,16 @@ def finite(run_dir):
     return [r["step"] for r in read(run_dir) if r["loss"] is not None and r["grad_norm"] is not None]
 
 
+def figures(run_dir):
+    "The losses that are numbers."
+    return [x for x in series(run_dir, "loss") if x is not None]
+
+
+def after(run_dir):
+    "The losses of the steps behind the bad one."
+    return series(run_dir, "loss")[BAD:]
+
+
 # A step that is not finite: skipped
 
 
@@ -106,7 +116,6 @@ def test_samples_of_a_packed_row(folder, settings):
 def test_deepspeed_leaves_the_same_step_out(folder, settings, skipped, strategy):
     run = fit(folder / strategy, **settings("nan_loss", **{"guards.on_nan": "skip", "trainer.strategy": strategy}))
     assert finite(run) == finite(skipped)
-    figures = lambda r: [x for x in series(r, "loss") if x is not None]
     assert apart(figures(run), figures(skipped)) < LOSS and series(run, "lr") == series(skipped, "lr")
     assert weights_apart(weights(run), weights(skipped)) < WEIGHT
     assert [(e["step"], e["lines"]) for e in events(run)] == [(e["step"], e["lines"]) for e in events(skipped)]
@@ -117,7 +126,6 @@ def test_two_processes_decide_as_one(folder, settings, skipped, strategy):
     "One of them has the bad sample; both leave the step out, and its micro-batch is the one named."
     run = fit(folder / f"two-{strategy}", **settings("nan_loss", **{"guards.on_nan": "skip", "trainer.strategy": strategy, "trainer.devices": 2, "data.micro_batch": 1}))
     assert finite(run) == finite(skipped) and [(e["step"], e["lines"]) for e in events(run)] == [(BAD, [LINE])]
-    figures = lambda r: [x for x in series(r, "loss") if x is not None]
     assert apart(figures(run), figures(skipped)) < LOSS and weights_apart(weights(run), weights(skipped)) < WEIGHT
 
 
@@ -211,7 +219,6 @@ def test_deepspeed_goes_back(folder, settings, strategy):
 def test_deepspeed_goes_on_from_there(folder, settings, strategy):
     "The moments are those of the checkpoint too, or the steps after it would differ."
     plain, deep = (rolled(folder, settings, f"on-{s}-{strategy}", s, STEPS, make=fit) for s in ("auto", strategy))
-    after = lambda r: [x["loss"] for x in read(r)[BAD:]]
     assert apart(after(deep), after(plain)) < LOSS and series(deep, "lr") == series(plain, "lr")
 
 
@@ -220,7 +227,6 @@ def test_deepspeed_goes_on_from_there(folder, settings, strategy):
 def test_two_processes_go_back_together(folder, settings, strategy):
     two = {"trainer.devices": 2, "data.micro_batch": 1}
     one, run = rolled(folder, settings, f"one-{strategy}", last=STEPS), rolled(folder, settings, f"two-back-{strategy}", strategy, STEPS, fit, **two)
-    after = lambda r: [x["loss"] for x in read(r)[BAD:]]
     assert apart(after(run), after(one)) < LOSS and [e["did"] for e in events(run)] == ["rollback"]
 
 
