@@ -31,6 +31,7 @@ from .names import match_names
 from .shards import write_weights
 from .weights import PREFIX, open_weights
 from ..utils.core import choice, explain, pick, say
+from ..utils.kernels.attention import model_class
 from ..utils.resources import fetch, resource
 
 # %% ../../nbs/api/training/export.ipynb #e4da3b7f
@@ -100,6 +101,7 @@ def open_source(
     from transformers import AutoModelForCausalLM
 
     config, weights = find_config(Path(checkpoint), config), open_weights(checkpoint)
+    model_class(config)  # refuses what is no causal language model
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     layout = {n: tuple(v.shape) for n, v in model.state_dict().items()}
@@ -135,7 +137,7 @@ def pick_dtype(
 ) -> torch.dtype:
     "The dtype that is written: the one asked for, or the source's own (float32 where a part of it is)."
     if asked != "auto":
-        return pick("dtype", asked, DTYPES)
+        return pick("dtype", asked, DTYPES | dict(auto=None))
     found = Counter(d for d in weights.dtypes.values() if d.is_floating_point)
     name = next((n for n, d in DTYPES.items() if found.most_common(1)[0][0] == d), "float32")
     return DTYPES[choice("dtype", "float32" if torch.float32 in found else name, "the source has it")]
@@ -313,11 +315,12 @@ ADAPTERS = dict(merged=write_model, alone=write_adapter)
 
 def out_folder(
     checkpoint,  # What is exported
-    out=None,  # Where to; None: `export/` in the run, or a folder beside the source
+    out=None,  # Where to; None: a folder in the run, or beside the source
+    name="export",  # That folder's name
 ) -> Path:
     "Where the folder will be; refused where something else would be lost."
     if out is None:
-        out = checkpoint.parent.parent / "export" if (checkpoint / "state.ckpt").exists() else checkpoint.with_name(checkpoint.stem + "-export")
+        out = checkpoint.parent.parent / name if (checkpoint / "state.ckpt").exists() else checkpoint.with_name(f"{checkpoint.stem}-{name}")
     out = Path(out)
     if out.resolve() in (checkpoint.resolve(), *checkpoint.resolve().parents):
         raise ValueError(explain("the export would replace what it is made from", str(out), "another folder", "give another --out"))
@@ -341,7 +344,7 @@ def put_in_place(
 
 def export(
     source,  # A run's folder, one of its checkpoints, or another folder or file of weights
-    out=None,  # Where to put the Hugging Face folder; None: `export/` in the run, or a folder beside the source
+    out=None,  # Where to put the folder; None: `export/` (an adapter alone: `adapter/`) in the run, or a folder beside the source
     dtype="auto",  # auto (what the source has: float32 after a training here), float32, bfloat16 or float16
     config=None,  # A config.json, a folder with one, or a hub id; needed where the source has none
     tokenizer=None,  # A folder with a tokenizer, or a hub id; needed where the source has none
@@ -349,7 +352,7 @@ def export(
 ) -> Path:
     "Write a checkpoint as a Hugging Face folder, verified in a fresh process before it is put in place."
     started, checkpoint, write = time.time(), find_source(source), pick("adapter", adapter, ADAPTERS)
-    out = out_folder(checkpoint, out)
+    out = out_folder(checkpoint, out, "adapter" if adapter == "alone" else "export")
     found = open_source(checkpoint, config)
     if adapter == "alone" and not found.lora:
         raise ValueError(explain("there is no adapter in this checkpoint", str(checkpoint), "a run with model.lora", "leave --adapter out"))
