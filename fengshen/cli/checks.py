@@ -192,7 +192,7 @@ def compiler(case) -> Finding:
     if not isinstance(strategy, AnyDeviceDeepSpeedStrategy):
         return Finding("ok", "this strategy compiles nothing")
     wrong = [(text, "pip install 'fengshen[deepspeed]'") for text in map(outside, requirements("deepspeed")) if text and "ninja" not in text]
-    ops = ops_needed(strategy, case.cli.model.optimizer_config.kind, on_cpu(case))
+    ops = ops_needed(strategy, getattr(getattr(case.cli.model, "optimizer_config", None), "kind", "auto"), on_cpu(case))
     wrong += missing_tools() if ops else []
     if wrong:
         return Finding("fail", "; ".join(w for w, _ in wrong) + (f"; needed for {', '.join(ops)}" if ops else ""), "; ".join(dict.fromkeys(do for _, do in wrong)))
@@ -453,7 +453,10 @@ def memory(case) -> Finding:
     from fengshen.utils import device
 
     settings = settings_of(case)
-    case.memory = found = estimate(**settings)
+    try:
+        case.memory = found = estimate(**settings)
+    except ValueError as e:  # what has no formula may train all the same
+        return Finding("warn", f"not estimated: {e}", "run a few steps, and see memory_gib in the record")
     have = (0 if on_cpu(case) else device.memory()["total"]), host_free()
     used = shortage(found, *have)
     if not used:

@@ -189,7 +189,7 @@ def layout_of(
 
 # %% ../../nbs/api/training/memory.ipynb #c74d97b0
 WIDTHS = {  # precision: (bytes of a weight without DeepSpeed, with it; autocast without DeepSpeed)
-    "32-true": (4, 4, False), "32": (4, 4, False), "bf16-mixed": (4, 2, True), "16-mixed": (4, 2, True), "bf16-true": (2, 2, False), "16-true": (2, 2, False)}
+    "32-true": (4, 4, False), "32": (4, 4, False), "bf16-mixed": (4, 2, True), "16-mixed": (4, 2, True), "bf16-true": (2, 2, False), "16-true": (2, 2, False), "64-true": (8, 8, False)}
 
 
 @dataclass
@@ -422,7 +422,7 @@ def kept_or_formula(
     attention="auto",  # "eager" keeps scores; all others are fused where the model can
 ) -> tuple:
     "(Kept, how it was found)."
-    model = empty_model(config, torch.float32 if setting.width == 4 else torch.bfloat16)
+    model = empty_model(config, {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[setting.width])
     fused = attention != "eager" and model._supports_attention_backend
     try:
         return kept(model, rows, length, setting.autocast, fused), "counted in the model's own code"

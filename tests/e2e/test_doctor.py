@@ -244,6 +244,18 @@ def test_a_package_outside_its_range(tmp_path, monkeypatch):
     assert "transformers 4.57.0 is outside" in failures(found)["environment"].found and found.findings["step"].status == "ok"
 
 
+def test_several_processes_are_added_up(tmp_path):
+    one, two = (diagnosis(tmp_path, **{"trainer.strategy": "zero3", "trainer.devices": n}) for n in (1, 2))
+    assert one.ok and two.ok and "2 processes" in two.findings["recipe"].found
+    assert two.memory.part("process").host == 2 * one.memory.part("process").host and two.memory.part("optimizer").device * 2 == one.memory.part("optimizer").device
+
+
+def test_what_has_no_formula_is_a_warning(tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "strategy_name", lambda case: "fsdp")
+    found = diagnosis(tmp_path)
+    assert found.ok and found.findings["memory"].status == "warn" and found.findings["disk"].status == "skip", found
+
+
 def test_labels_that_miss_their_end(tmp_path, monkeypatch):
     from fengshen.data.task_dataloader.medicalQADataset import GPT2QADataset
 
