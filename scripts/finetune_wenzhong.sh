@@ -8,6 +8,7 @@
 #   DRY_RUN=1 bash finetune_wenzhong.sh          print the command and stop
 #
 # Words after the script's name go to `fengshen fit` and win over the recipe: --trainer.max_epochs 3 --model.optimizer.lr 3e-5
+# Stopped by a signal (Ctrl-C, SIGTERM, Slurm's time limit), it saves and ends with exit code 75: the same line again goes on. Under Slurm the job is requeued.
 # Learning rate, batch, epochs and the rest stand in the recipe: `fengshen recipes cat wenzhong_qa_offload`.
 
 # ---- Slurm: these lines are read by sbatch alone; change them to your cluster, or delete them ----
@@ -18,6 +19,9 @@
 #SBATCH --cpus-per-task=16
 #SBATCH --mem=128G
 #SBATCH --output=%x-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=TERM@180
 # ---------------------------------------------------------------------------------------------------
 
 set -euo pipefail
@@ -36,6 +40,14 @@ fit=(fit -c "$RECIPE" --model.path "$MODEL" --data.train "$TRAIN" --run_dir "$RU
 if [ -n "$VALID" ]; then fit+=(--data.valid "$VALID"); fi
 # Lightning takes its place among the processes from torchrun, and checks it against these two
 fit+=(--trainer.devices "$GPUS" --trainer.num_nodes "$NODES" "$@")
+
+for name in NODES GPUS PORT; do
+    if ! [[ "${!name}" =~ ^[1-9][0-9]*$ ]]; then echo "$0: $name is '${!name}', expected a number from 1" >&2; exit 2; fi
+done
+if [ "$PORT" -gt 65535 ]; then echo "$0: PORT is $PORT, expected 1 to 65535" >&2; exit 2; fi
+if [ "$NODES" -gt 1 ] && [ -z "${SLURM_JOB_ID:-}" ] && [ "$HEAD" = localhost ]; then
+    echo "$0: NODES is $NODES and HEAD is localhost; expected the name of the first machine, the same on all of them" >&2; exit 2
+fi
 
 if [ -n "${SLURM_JOB_ID:-}" ]; then
     HEAD="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
@@ -57,5 +69,9 @@ if [ -n "${DRY_RUN:-}" ]; then
     printf '%q ' "${command[@]}"
     echo
 else
-    "${command[@]}"
+    status=0
+    "${command[@]}" || status=$?
+    if [ "$status" -ne 0 ] && [ -f "$RUN_DIR/stopped" ]; then status=75; fi  # torchrun reports every end of its processes as 1
+    if [ "$status" -eq 75 ] && [ -n "${SLURM_JOB_ID:-}" ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+    exit "$status"
 fi

@@ -21,7 +21,7 @@ from pathlib import Path
 import yaml
 
 from . import recipes
-from ..training.run import Run
+from ..training.run import STOPPED, Run
 from ..utils.core import explain, is_main_process, load_name, patch, say
 
 # %% ../../nbs/api/cli/fit.ipynb #1679091c
@@ -79,7 +79,7 @@ def make_cli(
 
 # %% ../../nbs/api/cli/fit.ipynb #c20ad4d7
 NOISE = [r".*torch\.distributed\.\w+` is deprecated", r".*LeafSpec.*is deprecated", r".*Checkpoint directory .* exists", r".*does not have many workers",
-         r".*GPU available but not used", r".*barrier\(\): using the device", r".*DeepSpeed handles gradient clipping internally", r".*Consider using tensor\.detach"]
+         r".*callbacks used to create the checkpoint need", r".*GPU available but not used", r".*barrier\(\): using the device", r".*DeepSpeed handles gradient clipping internally", r".*Consider using tensor\.detach"]
 
 
 def quiet():
@@ -167,12 +167,17 @@ def run_fit(
 ) -> Run:
     "Train, save, export, report."
     from fengshen.training.guards import memory_advice
-    from fengshen.training.interrupt import StopOnSignal, listening
+    from fengshen.training.interrupt import Interrupted, StopOnSignal, listening
     from fengshen.training.trainer import finish_run
 
-    with memory_advice(cli.trainer, cli.model), listening(cli.trainer) as listener:
-        next(c for c in cli.trainer.callbacks if isinstance(c, StopOnSignal)).listener = listener
-        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=state_file(cli.checkpoint), weights_only=True)
+    try:
+        with memory_advice(cli.trainer, cli.model), listening(cli.trainer) as listener:
+            next(c for c in cli.trainer.callbacks if isinstance(c, StopOnSignal)).listener = listener
+            cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=state_file(cli.checkpoint), weights_only=True)
+    except Interrupted as e:
+        if is_main_process():
+            (Path(cli.config["run_dir"]) / STOPPED).write_text(f"{e}\n", "utf8")  # torchrun hides exit codes; a job script finds this
+        raise
     return finish_run(cli.trainer, cli.config["run_dir"], cli.config["export"])
 
 # %% ../../nbs/api/cli/fit.ipynb #6f4922f4

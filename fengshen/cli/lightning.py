@@ -14,6 +14,7 @@ from pytorch_lightning.accelerators import AcceleratorRegistry
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 
+from ..training.launch import check_launch
 from ..training.trainer import make_loggers, strategy_for, trainer_defaults
 from ..utils.device import default_precision
 from ..utils.core import Explained, explain, nearest, pick
@@ -113,7 +114,8 @@ class FengshenCLI(LightningCLI):
         parser.set_defaults({"run_dir": str(Path("runs") / self.name)})
 
     def before_instantiate_classes(self):
-        "Fill in the precision when nobody asked for one."
+        "Refuse a launcher that does not fit, and fill in the precision when nobody asked for one."
+        check_launch(self.config["trainer"]["devices"], self.config["trainer"]["num_nodes"])
         accelerators = ("auto", "gpu", *AcceleratorRegistry.available_accelerators())
         if isinstance(self.config["trainer"]["accelerator"], str):
             pick("accelerator", self.config["trainer"]["accelerator"], {n: n for n in accelerators})

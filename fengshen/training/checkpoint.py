@@ -10,6 +10,7 @@ __all__ = ['NAME', 'LOWER_IS_BETTER', 'BYTES_A_PARAMETER', 'checkpoints', 'step_
 # %% ../../nbs/api/training/checkpoint.ipynb #8300fba7
 import re
 import shutil
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -112,8 +113,16 @@ def collect(
 def copied(
     state,  # Any nesting of dicts, lists and tensors
 ):
-    "The same with tensors of its own, in host memory."
-    return apply_to_collection(state, torch.Tensor, lambda t: t.detach().to("cpu", copy=True))
+    "The same with tensors of its own, in host memory; what was one tensor under two names (a tied head) stays one."
+    seen = {}
+
+    def copy(t):
+        key = t.device, t.data_ptr(), tuple(t.shape), t.stride(), t.dtype
+        if t.numel() == 0 or key not in seen:
+            seen[key] = t.detach().to("cpu", copy=True)
+        return seen[key]
+
+    return apply_to_collection(state, torch.Tensor, copy)
 
 # %% ../../nbs/api/training/checkpoint.ipynb #c3878ffd
 BYTES_A_PARAMETER = 16  # float32 weight and two moments, and a 16-bit copy with its bookkeeping under DeepSpeed
@@ -181,9 +190,7 @@ def versions() -> dict:
     "Versions of the packages whose change can change a result."
     from importlib.metadata import PackageNotFoundError, version
 
-    import fengshen
-
-    found = dict(fengshen=fengshen.__version__)
+    found = dict(fengshen=sys.modules["fengshen"].__version__)  # from a checkout too, where there is no metadata
     for name in ("torch", "transformers", "pytorch-lightning", "deepspeed"):
         try:
             found[name] = version(name)
