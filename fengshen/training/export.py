@@ -100,7 +100,7 @@ def open_source(
     "The checkpoint with its architecture: everything known but the numbers."
     from transformers import AutoModelForCausalLM
 
-    config, weights = find_config(Path(checkpoint), config), open_weights(checkpoint)
+    weights, config = open_weights(checkpoint), find_config(Path(checkpoint), config)
     model_class(config)  # refuses what is no causal language model
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

@@ -183,7 +183,7 @@ def check_whole_model(
         inner = sorted(module)[:5] if isinstance(module, dict) else type(module).__name__
         raise ValueError(explain(f"{path} does not hold weights by name", inner, "a dictionary of tensors", "Megatron's own layout is converted with its own tools"))
     if any(isinstance(v, torch.Tensor) and v.numel() == 0 for v in module.values()):
-        raise ValueError(explain(f"{path} was written by ZeRO-3 and holds no weights itself", "empty tensors", "the folder with the *_optim_states.pt of all ranks",
+        raise ValueError(explain(f"{path} was written by ZeRO-3 and holds no weights itself", "empty tensors", "the shards *_optim_states.pt of all ranks",
                                  "give the folder; all its files are needed"))
 
 

@@ -161,7 +161,9 @@ def test_validate_generate_and_export(tmp_path, finished):
     status, out, err = here("export", finished, "--out", tmp_path / "half", "--dtype", "bfloat16")
     assert status == 0 and (tmp_path / "half" / "model.safetensors").exists(), err
     assert "bfloat16" in refused("export", finished, "--out", tmp_path / "x", "--dtype", "bfloat61")
-    assert "nothing to export" in refused("export", tmp_path)
+    assert "nothing to export" in refused("export", tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "no weights in this folder" in refused("export", tmp_path / "empty")
 
 
 def test_recipes_are_listed_shown_and_copied(tmp_path):
