@@ -223,7 +223,7 @@ class Checkpoints(pl.Callback):
         self.every, self.minutes, self.at_end = every_n_steps, every_minutes, at_end
         self.rule, self.monitor, self.background = dict(keep=keep, keep_best=keep_best, keep_every=keep_every), monitor, background
         self.last_step = self.size = self.failure = None
-        self.seconds = 0.0  # spent on saving while training waited
+        self.saved, self.seconds = 0, 0.0  # how often, and how long training waited for it
 
     @property
     def saves(self) -> bool:
@@ -333,7 +333,7 @@ def save(self: Checkpoints, trainer, due):
     facts = facts_of(trainer, due)
     write = self.write_shards if hasattr(trainer.strategy, "deepspeed_engine") else self.write_file
     write(trainer, partial, final, facts)
-    self.seconds += time.monotonic() - started
+    self.saved, self.seconds = self.saved + 1, self.seconds + time.monotonic() - started
 
 
 @patch

@@ -125,8 +125,10 @@ def finish_run(
         export_folder(run_dir)
     train, valid = run.records("train"), run.records("valid")
     last = train[-1] if train else {}
+    saver = next((c for c in trainer.callbacks if isinstance(c, Checkpoints)), None)
+    saving = dict(saves=saver.saved, saving_seconds=round(saver.seconds, 3)) if saver is not None else {}
     summary = dict(steps=trainer.global_step, loss=last.get("loss"), valid_loss=valid[-1]["loss"] if valid else None, tokens=last.get("tokens"),
-                   seconds=last.get("time"), export=str(run.export) if run.export.exists() else None)
+                   seconds=last.get("time"), export=str(run.export) if run.export.exists() else None, **saving)
     (run.dir / "summary.json").write_text(json.dumps(summary, indent=1), "utf8")
     write_report(run_dir)
     say(f"run folder {run.dir}: run.yaml, metrics.jsonl, report.html" + (", export/" if summary["export"] else ""))
