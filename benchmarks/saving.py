@@ -2,11 +2,11 @@
 
 usage: python benchmarks/saving.py --train FILE --tokenizer FOLDER [--size cpu|1b] [--steps N] [--out FILE] [--any.flag=VALUE ...]
 
-Four runs of `fengshen fit` with the same settings, each in a process of its own: without checkpoints, with checkpoints written while
-training waits, with checkpoints written beside it, and the last one again with `kill -9` after its first checkpoint, started again by
-the same command. `lost_per_100` is the time the training stood still for one checkpoint, as a share of 100 steps; `slower` is the
-median step of the run against that of the run without. `host_gib` is the peak of all processes so far. The 1.1B model is a GPT-2 of
-24 layers, 1920 wide, vocabulary 50,304, random weights.
+Runs of `fengshen fit` with the same settings, each in a process of its own: with checkpoints written while training waits, with
+checkpoints written beside it, and the last one again with `kill -9` after its first checkpoint, started again by the same command.
+`seconds_per_step` is the median before the first checkpoint; `lost_per_100` the time the training stood still for one checkpoint, as a
+share of 100 steps; `slower` the median step after the first checkpoint, while the thread may be writing, against those before it.
+`host_gib` is the peak of all processes so far. The 1.1B model is a GPT-2 of 24 layers, 1920 wide, vocabulary 50,304, random weights.
 """
 
 import argparse
@@ -32,13 +32,13 @@ COMMON = {
     "data.max_length": 1024,
     "data.valid": "null",
     "export": "false",
+    "checkpoint.at_end": "false",
     "trainer.limit_val_batches": 0,
     "trainer.devices": 1,
     "trainer.log_every_n_steps": 1,
     "trainer.strategy": "auto",
 }
 WAYS = {
-    "none": {"checkpoint.at_end": "false"},
     "waiting": {"checkpoint.background": "false"},
     "beside": {"checkpoint.background": "true"},
 }
@@ -76,11 +76,12 @@ def size_of(run):
     return sum(p.stat().st_size for p in newest.rglob("*") if p.is_file())
 
 
-def measure(name, run, plain):
-    """One run's figures against the run without checkpoints."""
+def measure(name, run, first):
+    """One run's figures; its first checkpoint was taken after step `first`."""
     summary, rows = json.loads(Path(run, "summary.json").read_text()), records(run)
-    pace = [b["time"] - a["time"] for a, b in zip(rows, rows[1:])]
-    step = statistics.median([b["time"] - a["time"] for a, b in zip(plain, plain[1:])][2:])
+    pace = {b["step"]: b["time"] - a["time"] for a, b in zip(rows, rows[1:])}
+    step = statistics.median(v for k, v in pace.items() if 2 < k <= first)
+    later = statistics.median(v for k, v in pace.items() if k > first + 1)
     each = summary["saving_seconds"] / max(1, summary["saves"])
     return dict(
         name=name,
@@ -89,7 +90,7 @@ def measure(name, run, plain):
         checkpoint_gib=round(size_of(run) / 2**30, 3),
         stood_still_s=round(each, 3),
         lost_per_100=round(each / (100 * step + each), 5),
-        slower=round(statistics.median(pace[2:]) / step, 3),
+        slower=round(later / step, 3),
         memory_gib=max(r["memory_gib"] for r in rows),
         host_gib=round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20, 1),
     )
@@ -117,17 +118,17 @@ def main():
         config = Path(folder) / "config.json"
         vocabulary = dict(vocab_size=50304, bos_token_id=50256, eos_token_id=50256)
         config.write_text(json.dumps(dict(model_type="gpt2") | vocabulary | SIZES[options.size]))
-        settings = {"model.config": config, "data.train": options.train, "data.tokenizer": options.tokenizer, "trainer.max_steps": options.steps}
+        settings = {"model.config": config, "data.train": options.train, "data.tokenizer": options.tokenizer}
+        settings |= {"trainer.max_steps": options.steps, "checkpoint.every_n_steps": options.every}
         rows, done = [], {}
         for name, way in WAYS.items():
             run = f"{folder}/{name}"
-            train(run, settings | way | ({} if name == "none" else {"checkpoint.every_n_steps": options.every}), extra)
+            train(run, settings | way, extra)
             done[name] = records(run)
-            if name != "none":
-                rows.append(measure(name, run, done["none"]))
-                print(json.dumps(rows[-1]), flush=True)
+            rows.append(measure(name, run, options.every))
+            print(json.dumps(rows[-1]), flush=True)
             subprocess.run(["rm", "-rf", f"{run}/checkpoints"], check=True)
-        again = settings | WAYS["beside"] | {"checkpoint.every_n_steps": options.every}
+        again = settings | WAYS["beside"]
         train(f"{folder}/killed", again, extra, kill_after=options.every + 3)
         train(f"{folder}/killed", again, extra)
         losses = [[r["loss"] for r in x] for x in (records(f"{folder}/killed"), done["beside"])]

@@ -23,14 +23,18 @@ def in_notebook():
     return shell is not None and getattr(shell, "kernel", None) is not None
 
 
-def fit(recipe, live=None, wait=True, **overrides):
-    """Train a recipe: `fengshen.fit("demo", **{"trainer.max_steps": 100})`; the run's folder as a `Run`.
+def fit(recipe, settings=None, *, live=None, wait=True, **overrides):
+    """Train a recipe: `fengshen.fit("demo", {"trainer.max_steps": 100})`; the run's folder as a `Run`.
 
+    settings: the flags of `fengshen fit`, without dashes; those that are Python names may be given as keywords (`run_dir="runs/x"`).
     live: show widgets and train beside the cell (None: in a notebook). wait: with live, wait for the end.
-    overrides: the flags of `fengshen fit`, without dashes.
     """
     from fengshen.cli.fit import fit, words
+    from fengshen.utils.core import explain
 
+    if not isinstance(settings, dict | None):
+        raise ValueError(explain("settings are a dict", settings, '{"trainer.max_steps": 100, ...}', "name other arguments: live=..., wait=..."))
+    overrides = (settings or {}) | overrides
     if not (in_notebook() if live is None else live):
         return fit(recipe, overrides)
     from fengshen.training.control import RunControl

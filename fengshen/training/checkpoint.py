@@ -169,9 +169,12 @@ def save_companions(
 def kind_of(
     trainer,  # A Lightning Trainer
 ) -> str:
-    "What can read the state: 'file' (one device, DDP), or the ZeRO stage."
+    "What can read the state: 'file' (one device, DDP), or the ZeRO stage, and whether its optimizer lies on a disk."
     config = getattr(trainer.strategy, "config", None)
-    return f"zero{config.get('zero_optimization', {}).get('stage', 0)}" if config else "file"
+    if not config:
+        return "file"
+    zero = config.get("zero_optimization", {})
+    return f"zero{zero.get('stage', 0)}" + ("_nvme" if zero.get("offload_optimizer", {}).get("device") == "nvme" else "")
 
 
 def facts_of(

@@ -272,6 +272,9 @@ def take_up(
     accept=False,  # Take changed settings over
 ):
     "Prepare trainer and data to go on with a checkpoint; a `ValueError` when it belongs to another run."
+    if manifest["kind"].endswith("_nvme"):
+        raise ValueError(explain("DeepSpeed does not bring back all of an optimizer that was offloaded to a disk", str(checkpoint), "a checkpoint of another strategy",
+                                 "export it (fengshen export) and start a new run from that with model.path, or begin anew with --overwrite true"))
     if kind_of(trainer) != manifest["kind"]:
         names = dict(file="one device or DDP")
         raise ValueError(explain("the checkpoint was written by another kind of strategy", names.get(kind_of(trainer), kind_of(trainer)),

@@ -6,8 +6,8 @@
 __all__ = ['NAMED', 'DICTS', 'SAFE', 'DAMAGE', 'Stored', 'SAFETENSORS', 'STATES', 'HUGGING_FACE', 'PREFIX', 'StandIn',
            'is_archive', 'load_file', 'refusal', 'stored', 'Part', 'Weights', 'tensors_of', 'check_whole_model',
            'open_file', 'note_sixteen_bit', 'safetensors_part', 'span', 'join', 'split_groups', 'split_parameters',
-           'check_count', 'zero_files', 'ranks_expected', 'open_zero', 'masters', 'frozen', 'open_hugging_face',
-           'open_weights', 'deepspeed_folder', 'read_weights']
+           'check_count', 'zero_files', 'ranks_expected', 'open_zero', 'from_disk', 'masters', 'frozen',
+           'open_hugging_face', 'open_weights', 'deepspeed_folder', 'read_weights']
 
 # %% ../../nbs/api/training/weights.ipynb #c81e728d
 import json
@@ -356,11 +356,28 @@ def open_zero(
     return Weights(folder, "a DeepSpeed folder, weights of the forward pass", [Part(lambda: tensors_of(load_file(files["model"][0])["module"]))], facts)
 
 
+def from_disk(
+    groups,  # `fp32_flat_groups` of a rank
+    folder,  # Where its tensors lie that were on a disk during the run
+) -> list:
+    "The groups, with those that are empty taken from files of bare numbers: 0_24.tensor.swp is the group that was number 24."
+    empty = [i for i, group in enumerate(groups) if group.numel() == 0]
+    if not empty or not folder.is_dir():
+        return groups
+    named = {tuple(map(int, p.name.split(".")[0].split("_"))): p for p in folder.glob("[0-9]*.tensor.swp")}
+    if len(named) != len(empty):
+        raise ValueError(explain(f"{folder} misses files of the optimizer", f"{len(named)} files", f"{len(empty)}", "copy the checkpoint folder again"))
+    read = [torch.from_file(str(named[k]), size=named[k].stat().st_size // 4, dtype=torch.float32) for k in sorted(named)]
+    return [read[empty.index(i)] if i in empty else group for i, group in enumerate(groups)]
+
+
 def masters(
     files,  # What `zero_files` found
 ) -> dict:
     "{name: Stored}: float32 weights from the optimizer, frozen weights and buffers from the model states, shared ones under both names."
     optim = [load_file(path)["optimizer_state_dict"] for path in files["optim"]]
+    for rank, pieces in enumerate(optim):
+        pieces |= {k: from_disk(v, files["optim"][rank].parent / "offloaded_tensors" / f"rank{rank:02}") for k, v in pieces.items() if k == "fp32_flat_groups"}
     states = load_file(files["model"][0])
     groups = states["param_shapes"] if isinstance(states["param_shapes"], list) else [states["param_shapes"]]
     found = (split_parameters if "fp32_flat_groups" in optim[0] else split_groups)(optim, groups)

@@ -10,7 +10,7 @@ import pytest
 
 from fengshen.training.checkpoint import checkpoints
 from tests.invariant.test_resume import record, same, settings
-from tests.training_runs import QUIET, apart, cli, environment, fit, fit_here, flags, read, series, tiny_config, weights, weights_apart
+from tests.training_runs import QUIET, apart, cli, environment, fit, fit_here, flags, series, tiny_config, weights, weights_apart
 
 pytestmark = pytest.mark.slow
 
@@ -34,6 +34,12 @@ def two_nodes(run, given, port):
     return agents
 
 
+def family(pid):
+    "A process and all below it; torchrun gives its processes sessions of their own."
+    below = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout.split()
+    return [pid, *(p for child in below for p in family(int(child)))]
+
+
 def ended(agents, seconds=600):
     "Exit codes, once all have ended."
     return [agent.wait(timeout=seconds) for agent in agents]
@@ -47,7 +53,7 @@ GIVEN = {"trainer.strategy": "ddp", "trainer.accelerator": "cpu", "trainer.devic
 def test_two_machines_are_one(tmp_path):
     "Four processes with one row each make the steps of one process with four rows."
     (tmp_path / "calm").mkdir()
-    given = settings(tmp_path, **GIVEN | {"model.config": tiny_config(tmp_path / "calm")})
+    given = settings(tmp_path, **GIVEN | {"model.config": tiny_config(tmp_path / "calm"), "model.optimizer.eps": 1e-6})
     run = tmp_path / "nodes"
     assert ended(two_nodes(run, given, free_port())) == [0, 0], (tmp_path / "nodes-0.log").read_text()[-3000:]
     one = fit_here(tmp_path / "one", **given | {"trainer.strategy": "auto", "trainer.devices": 1, "trainer.num_nodes": 1, "data.micro_batch": 4})
@@ -64,7 +70,8 @@ def test_a_machine_that_dies_ends_the_other_and_the_run_goes_on(tmp_path):
     while not checkpoints(run):
         assert time.monotonic() < end and agents[0].poll() is None
         time.sleep(0.01)
-    os.killpg(agents[1].pid, signal.SIGKILL)
+    for pid in family(agents[1].pid):
+        os.kill(pid, signal.SIGKILL)
     began = time.monotonic()
     assert agents[0].wait(timeout=120) != 0
     assert time.monotonic() - began < 60, "the other machine took more than a minute to notice"
@@ -93,14 +100,15 @@ def disk(tmp_path):
 
 @pytest.mark.timeout(1800)
 def test_a_disk_as_memory_trains_as_one_device(tmp_path, disk):
-    "Weights and optimizer states in files: the losses of plain AdamW."
-    config = tiny_config(tmp_path)
-    steps = {"trainer.max_steps": 12, "model.config": config, "model.optimizer.eps": 1e-6, "data.limit_train": 48}
-    run = tmp_path / "run"
-    done = cli("fit", "-c", "demo", *flags(QUIET | steps | {"run_dir": str(run), "trainer.strategy": "zero3_nvme", "checkpoint.at_end": False}), cwd=tmp_path,
-               timeout=1200, FENGSHEN_NVME=str(disk))
+    "Weights and optimizer states in files: the losses of plain AdamW, an export of the last weights, and no pretended resume."
+    steps = {"trainer.max_steps": 12, "model.config": tiny_config(tmp_path, n_embd=128, n_layer=6), "model.optimizer.eps": 1e-6, "data.limit_train": 48, "export": True}
+    words = ["fit", "-c", "demo", *flags(QUIET | steps | {"run_dir": str(tmp_path / "run"), "trainer.strategy": "zero3_nvme"})]
+    done = cli(*words, cwd=tmp_path, timeout=1200, FENGSHEN_NVME=str(disk))
     assert done.returncode == 0, done.stderr[-3000:]
     assert list(disk.rglob("*.swp")), "nothing was written to the disk"
-    one = fit(tmp_path / "one", **steps | {"trainer.strategy": "auto"})
+    run, one = tmp_path / "run", fit(tmp_path / "one", **steps | {"trainer.strategy": "auto"})
     assert apart(series(run, "loss"), series(one, "loss")) < 1e-5
-    assert [r["step"] for r in read(run)] == list(range(1, 13))
+    assert weights_apart(weights(run), weights(one)) < 1e-5
+    (run / "summary.json").unlink()
+    again = cli(*words, cwd=tmp_path, FENGSHEN_NVME=str(disk))
+    assert again.returncode == 2 and "offloaded to a disk" in again.stderr and "Traceback" not in again.stderr
