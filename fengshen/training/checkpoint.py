@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NAME', 'LOWER_IS_BETTER', 'BYTES_A_PARAMETER', 'checkpoints', 'step_of', 'kept', 'Worker', 'Collector', 'collect',
-           'copied', 'write_fault', 'room', 'save_companions', 'kind_of', 'facts_of', 'versions', 'Checkpoints',
+           'copied', 'into', 'write_fault', 'room', 'save_companions', 'kind_of', 'facts_of', 'versions', 'Checkpoints',
            'validation_follows', 'shared_hashes']
 
 # %% ../../nbs/api/training/checkpoint.ipynb #8300fba7
@@ -112,17 +112,28 @@ def collect(
 
 def copied(
     state,  # Any nesting of dicts, lists and tensors
+    buffers=None,  # A list of tensors from an earlier call, in the order of the tensors: overwritten where they fit, and replaced where not
 ):
     "The same with tensors of its own, in host memory; what was one tensor under two names (a tied head) stays one."
-    seen = {}
+    seen, buffers = {}, [] if buffers is None else buffers
+    at = iter(range(10**9))
 
     def copy(t):
         key = t.device, t.data_ptr(), tuple(t.shape), t.stride(), t.dtype
         if t.numel() == 0 or key not in seen:
-            seen[key] = t.detach().to("cpu", copy=True)
+            seen[key] = into(buffers, next(at), t.detach())
         return seen[key]
 
     return apply_to_collection(state, torch.Tensor, copy)
+
+
+def into(buffers, i, tensor) -> torch.Tensor:
+    "Copy a tensor into buffer `i`, made if there is none that fits."
+    if i == len(buffers):
+        buffers.append(None)
+    if buffers[i] is None or (buffers[i].shape, buffers[i].dtype) != (tensor.shape, tensor.dtype):
+        buffers[i] = torch.empty(tensor.shape, dtype=tensor.dtype)
+    return buffers[i].copy_(tensor)
 
 # %% ../../nbs/api/training/checkpoint.ipynb #c3878ffd
 BYTES_A_PARAMETER = 16  # float32 weight and two moments, and a 16-bit copy with its bookkeeping under DeepSpeed
@@ -226,6 +237,7 @@ class Checkpoints(pl.Callback):
         self.every, self.minutes, self.at_end = every_n_steps, every_minutes, at_end
         self.rule, self.monitor, self.background = dict(keep=keep, keep_best=keep_best, keep_every=keep_every), monitor, background
         self.last_step = self.size = self.failure = None
+        self.buffers = []  # the copy's memory, from one checkpoint to the next
         self.saved, self.seconds = 0, 0.0  # how often, and how long training waited for it
 
     @property
@@ -355,7 +367,7 @@ def write_file(self: Checkpoints, trainer, partial, final, facts):
     state = collect(trainer)
     if not trainer.is_global_zero:
         return
-    state = copied(state) if self.worker.pool else state
+    state = copied(state, self.buffers) if self.worker.pool else state
     self.companions(trainer, partial)
 
     def job():

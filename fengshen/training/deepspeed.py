@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'OWNED', 'read_config', 'check_config', 'place_on_disk', 'AnyDeviceDeepSpeedStrategy', 'to_universal',
-           'mend_optimizer', 'is_compiled', 'locks', 'announce_compile', 'register_strategies']
+           'mend_optimizer', 'replay_steps', 'is_compiled', 'locks', 'announce_compile', 'register_strategies']
 
 # %% ../../nbs/api/training/deepspeed.ipynb #c81e728d
 import contextlib
@@ -230,6 +230,18 @@ def mend_optimizer(
             state["step"] = state["step"].clone()
 
 
+def replay_steps(
+    optimizer,  # The optimizer inside DeepSpeed's, after a checkpoint was loaded
+):
+    "Bring the CPU optimizer's own powers of its betas to where they were: it multiplies them step by step, and starts from a power when it is new, which rounds otherwise."
+    if not hasattr(optimizer, "ds_opt_adam"):
+        return
+    steps = max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)
+    (beta1, beta2), eps, nothing = optimizer.param_groups[0]["betas"], optimizer.param_groups[0]["eps"], [torch.zeros(1) for _ in range(4)]
+    for step in range(1, steps + 1):
+        optimizer.ds_opt_adam.adam_update(optimizer.opt_id, step, 0.0, beta1, beta2, eps, 0.0, True, *nothing)
+
+
 @patch
 def convert_world_size(
     self: AnyDeviceDeepSpeedStrategy,
@@ -243,18 +255,20 @@ def convert_world_size(
 @patch
 def load_checkpoint(self: AnyDeviceDeepSpeedStrategy, checkpoint_path, weights_only=None):
     "DeepSpeed's state into this number of processes."
-    parent = super(AnyDeviceDeepSpeedStrategy, self)
+    parent, optimizer = super(AnyDeviceDeepSpeedStrategy, self), getattr(self.deepspeed_engine.optimizer, "optimizer", None)
     if not self.config.get("checkpoint", {}).get("load_universal"):
-        return parent.load_checkpoint(checkpoint_path, weights_only)
+        state = parent.load_checkpoint(checkpoint_path, weights_only)
+        replay_steps(optimizer)
+        return state
     step = Path(checkpoint_path).parent
     out = step.with_name(step.name + ".universal")
     if self.is_global_zero:
         to_universal(checkpoint_path, out)
     self.barrier()
-    optimizer = self.deepspeed_engine.optimizer.optimizer
     decays = [group["weight_decay"] for group in optimizer.param_groups]
     state = parent.load_checkpoint(str(out), weights_only)
     mend_optimizer(optimizer, decays)
+    replay_steps(optimizer)
     self.barrier()
     if self.is_global_zero:
         shutil.rmtree(out)
