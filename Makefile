@@ -21,7 +21,7 @@ help: ## this list
 setup: $(if $(filter .venv/bin/python,$(PY)),$(READY)) ## make .venv and install the pinned requirements into it (1 to 3 minutes, once)
 	@:
 
-$(READY): constraints.txt settings.ini setup.py
+$(READY): constraints.txt settings.ini setup.py tools/install.py
 	@$(PYTHON) tools/install.py
 	@touch $@
 
