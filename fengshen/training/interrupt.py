@@ -19,7 +19,7 @@ EXIT_RESUME = 75
 SIGNALS = [getattr(signal, n) for n in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, n)]  # Slurm: --signal=USR1@120
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):  # no Exception: libraries that try something and pass over what it raises may not swallow this
     "The run was asked to stop, and did; the same command goes on with it."
 
 
@@ -30,10 +30,12 @@ class Listener:
         self.heard, self.training = None, False
 
     def __call__(self, number, frame=None):
-        name = signal.Signals(number).name
-        if self.heard or not self.training:
-            raise Interrupted(f"{name} before the first step" if not self.heard else f"{name} after {self.heard}: stopped at once, without saving")
-        self.heard = name
+        name, before = signal.Signals(number).name, self.heard
+        self.heard = before or name
+        if before:
+            raise Interrupted(f"{name} after {before}: stopped at once, without saving")
+        if not self.training:
+            raise Interrupted(f"{name} before the first step")
         say(f"\n{name}: saving after this step, then stopping; once more stops at once")
 
 # %% ../../nbs/api/training/interrupt.ipynb #b11c9a75

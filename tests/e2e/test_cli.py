@@ -120,7 +120,7 @@ def test_a_finished_run_is_kept_unless_asked(tmp_path, config):
     assert [row["step"] for row in read(run)] == [1, 2]
     assert yaml.safe_load((run / "run.yaml").read_text("utf8"))["overwrite"] is False, "the settings overwrite nothing when they run again"
     (run / "summary.json").unlink()
-    assert "did not finish" in refused("fit", "-c", run / "run.yaml")
+    assert "did not finish" in refused("fit", "-c", run / "run.yaml", "--resume", "never")
 
 
 OWNED = dict(optimizer=dict(type="AdamW", params=dict(lr=1e-3)), scheduler=dict(type="WarmupLR"), gradient_accumulation_steps=4, fp16=dict(enabled=True))
