@@ -30,7 +30,7 @@ def said(run):
     return (run.parent / f"{run.name}.log").read_text()
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGTERM while saving"])
+@pytest.mark.parametrize("name", ["SIGTERM while saving", *(pytest.param(name, marks=pytest.mark.slow) for name in ("SIGTERM", "SIGINT", "SIGUSR1"))])
 def test_a_signal_saves_and_says_start_me_again(tmp_path, name):
     "Exit code 75, a checkpoint of the step that was computed, and a resumed run that equals a straight one."
     given = settings(tmp_path, **ONE | {"trainer.max_steps": 60, "checkpoint.every_n_steps": 1 if "saving" in name else 0})
@@ -64,7 +64,7 @@ def test_a_signal_before_the_first_step(tmp_path):
     assert status == 75 or (status == -signal.SIGTERM and not checkpoints(run)), said(run)
 
 
-@pytest.mark.parametrize("victim", ["first", "last"])
+@pytest.mark.parametrize("victim", ["last", pytest.param("first", marks=pytest.mark.slow)])
 def test_a_process_that_dies_takes_the_others_along(tmp_path, victim):
     "Within a minute, with a message; the same command goes on to the straight run's end."
     given = settings(tmp_path, **TWO | {"trainer.max_steps": 40, "checkpoint.every_n_steps": 2})
@@ -111,7 +111,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(place)])
 
 
-@pytest.mark.parametrize("strategy", ["auto", "zero2"])
+@pytest.mark.parametrize("strategy", ["auto", pytest.param("zero2", marks=pytest.mark.slow)])
 def test_a_disk_that_fills_up_keeps_the_last_good_checkpoint(tmp_path, small_disk, strategy):
     "Training goes on without new checkpoints, the end says what is missing, and the good one is whole."
     given = settings(tmp_path, **{"trainer.strategy": strategy, "checkpoint.every_n_steps": 2, "trainer.max_steps": 12})
