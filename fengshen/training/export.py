@@ -320,7 +320,8 @@ def out_folder(
 ) -> Path:
     "Where the folder will be; refused where something else would be lost."
     if out is None:
-        out = checkpoint.parent.parent / name if (checkpoint / "state.ckpt").exists() else checkpoint.with_name(f"{checkpoint.stem}-{name}")
+        named = checkpoint if checkpoint.name else checkpoint.resolve()  # "." has no name to derive one from
+        out = checkpoint.parent.parent / name if (checkpoint / "state.ckpt").exists() else named.with_name(f"{named.stem}-{name}")
     out = Path(out)
     if out.resolve() in (checkpoint.resolve(), *checkpoint.resolve().parents):
         raise ValueError(explain("the export would replace what it is made from", str(out), "another folder", "give another --out"))
