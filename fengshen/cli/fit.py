@@ -123,7 +123,7 @@ def rewind(
     from fengshen.training.resume import cut_record
 
     inside = checkpoint is not None and run_dir.resolve() in checkpoint.resolve().parents
-    if not inside:
+    if checkpoint is None:
         say(f"{run_dir} holds a run that was stopped before its first checkpoint: beginning again")
     cut_record(run_dir, read_manifest(checkpoint)["step"] if inside else -1)
 
