@@ -76,7 +76,8 @@ def check_lengths(
     if len(bad):
         length = int(lengths[bad[0]])
         do = "leave empty documents out" if length < 1 else "cut or drop long documents first (on_long), or raise max_length"
-        raise ValueError(explain(f"{len(bad)} documents cannot be packed, the first is number {first + bad[0]}: its length", length, f"1 to {capacity}", do))
+        what = f"{len(bad)} documents cannot be packed, the first is number {first + bad[0]}: its length"
+        raise ValueError(explain(what, length, f"1 to {capacity}", do))
     return lengths
 
 # %% ../../nbs/api/data/packing.ipynb #005e8a8a

@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fengshen.data.batch import pad_rows
-from fengshen.data.sampler import EvalLoader, GlobalBatchSampler, TrainLoader, epoch_order
+from fengshen.data.sampler import EvalLoader, GlobalBatchSampler, TrainLoader, by_length, epoch_order, mixed
 
 settings.register_profile("house", deadline=None)  # a loaded machine is not a failure
 settings.load_profile("house")
@@ -76,8 +77,6 @@ def test_resumed_on_another_number_of_processes_nothing_is_lost_or_doubled(size,
 
 
 def test_the_order_ignores_the_global_random_state():
-    import numpy as np
-
     a = epoch_order(100, 3, 1)
     np.random.seed(9), torch.manual_seed(9)
     state = np.random.get_state()[1].copy()
@@ -93,6 +92,93 @@ def test_a_position_of_other_data_is_refused(change):
     with pytest.raises(ValueError, match="incomplete"):
         sampler.load_state_dict({"epoch": 0})
     assert (sampler.epoch, sampler.consumed) == (0, 0), "a refused position changes nothing"
+
+
+# Orders other than a shuffle: what held for the shuffle holds for them.
+
+groups = st.lists(st.tuples(st.integers(1, 25), st.floats(0.01, 9)), min_size=1, max_size=4)
+
+
+def lengths_of(size):
+    return np.random.RandomState(size).randint(1, 30, size)
+
+
+def orders(size, micro, seed=42):
+    "Orders of that many samples."
+    one, two = size // 3, size - size // 3
+    plain = [None, by_length(lengths_of(size), micro, seed), by_length(lengths_of(size), micro, seed, windows=2)]
+    return plain + ([mixed([one, two], [1, 1], seed)] if one else []) + [mixed([size], [1], seed)]
+
+
+@given(sizes, splits, st.integers(0, 4), st.integers(0, 30))
+def test_resumed_anywhere_in_any_order_is_the_straight_run(size, split, which, stop):
+    def run(sampler):
+        while True:
+            yield from sampler
+
+    made = [orders(size, split[0]) for _ in range(3)]
+    which %= len(made[0])
+    straight, first, second = (ranks(size, split, order=o[which])[-1] for o in made)
+    stream, expected = run(first), list(itertools.islice(run(straight), stop + 12))
+    assert list(itertools.islice(stream, stop)) == expected[:stop]
+    second.load_state_dict(first.state_dict())
+    assert list(itertools.islice(run(second), 12)) == expected[stop:]
+
+
+@given(sizes, splits, st.integers(0, 5), st.integers(1, 6))
+def test_by_length_every_sample_once_in_whole_micro_batches(size, split, epoch, windows):
+    micro, _, world = split
+    lengths = lengths_of(size)
+    order = by_length(lengths, micro, 7, windows)(epoch)
+    assert sorted(order) == list(range(size))
+    shuffle, width = epoch_order(size, 7, epoch), windows * micro
+    bins = [sorted(lengths[shuffle[a : a + width]].tolist()) for a in range(0, size, width)]
+    cut = sorted(b[i : i + micro] for b in bins for i in range(0, len(b), micro))
+    assert sorted(sorted(lengths[order[i : i + micro]].tolist()) for i in range(0, size, micro)) == cut, "a micro-batch is a run of a sorted window"
+    samplers = ranks(size, split, order=by_length(lengths, micro, 7, windows))
+    pieces = {tuple(order[i : i + micro]) for i in range(0, size, micro)} if epoch == 0 else None
+    if pieces:
+        assert {tuple(m) for s in samplers for window in s for m in window if m} == pieces
+
+
+@given(groups, st.integers(0, 3), st.integers(1, 60))
+def test_mixed_gives_each_group_its_share_and_shows_all_of_it_equally_often(case, epoch, total):
+    sizes, weights = [n for n, _ in case], [w for _, w in case]
+    order, starts = mixed(sizes, weights, 3, total), np.cumsum(sizes) - sizes
+    seen = np.zeros((4, sum(sizes)), int)
+    for e in range(4):
+        items = order(e)
+        assert len(items) == total and (items == mixed(sizes, weights, 3, total)(e)).all()
+        np.add.at(seen[e], items, 1)
+    for start, n, weight in zip(starts, sizes, weights):
+        own = seen[:, start : start + n]
+        counts = own.sum(1)
+        assert len(set(counts)) == 1 and abs(counts[0] - total * weight / sum(weights)) < 1
+        assert all(np.ptp(own[: e + 1].sum(0)) <= 1 for e in range(4)), "no sample is two ahead of another"
+
+
+@pytest.mark.parametrize("sizes,weights", [([3, 3], [1]), ([3, 3], [0, 0]), ([3, 3], [1, -1]), ([3, 3], [1, float("nan")]), ([3, 0], [1, 1])])
+def test_weights_that_are_no_shares_are_refused(sizes, weights):
+    with pytest.raises(ValueError):
+        mixed(sizes, weights, 3)
+    assert len(mixed([3, 0], [2, 0], 3)(0)) == 3
+
+
+def test_a_position_of_another_order_is_refused():
+    made = [None, by_length(lengths_of(12), 2, 42), by_length(lengths_of(12), 3, 42), by_length(lengths_of(12), 2, 42, 9)]
+    made += [mixed([4, 8], [1, 1], 42), mixed([4, 8], [1, 2], 42), mixed([6, 6], [1, 1], 42), mixed([4, 8], [1, 1], 42, total=13), mixed([4, 8], [1, 1], 43)]
+    samplers = [GlobalBatchSampler(12 if o is None else o.size, 2, order=o) for o in made]
+    for a, b in itertools.product(samplers, samplers):
+        if a is b:
+            a.load_state_dict(b.state_dict())
+        else:
+            with pytest.raises(ValueError, match="cannot resume"):
+                a.load_state_dict(b.state_dict())
+
+
+def test_the_plain_shuffle_is_what_it_was():
+    assert epoch_order(8, 42, 0).tolist() == [0, 1, 4, 2, 6, 5, 7, 3]
+    assert GlobalBatchSampler(8, 2, fingerprint="f").state_dict() == dict(epoch=0, consumed=0, seed=42, size=8, fingerprint="f")
 
 
 class Numbers(list):
