@@ -11,11 +11,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, LlamaConfig, MistralConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
+from fengshen.data.batch import pad_rows
 from fengshen.data.packing import pack, pack_rows
 from fengshen.losses import cross_entropy
-from fengshen.utils.kernels.attention import NAME, block_mask, choose_attention, document_attention, model_inputs, register_attention
+from fengshen.utils.kernels.attention import (
+    FLASH, FLEX, NAME, block_mask, choose_attention, document_attention, flex_mask, model_inputs, register_attention)
 from fengshen.utils.kernels.loss import chunked_loss
 
 VOCAB, ROW, PAD = 61, 24, 0
@@ -26,10 +28,13 @@ CONFIGS = dict(
     gpt2=GPT2Config(vocab_size=VOCAB, n_positions=ROW, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=1,
                     resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
     llama=LlamaConfig(**SMALL),
+    qwen2=Qwen2Config(**SMALL),
     qwen3=Qwen3Config(**SMALL, head_dim=8),
     mistral=MistralConfig(**SMALL, sliding_window=5),
 )
-PAIRS = [(arch, attention) for arch in ("gpt2", "llama", "qwen3") for attention in (NAME, "sdpa", "eager")] + [("mistral", NAME)]
+ARCHS = ("gpt2", "llama", "qwen2", "qwen3")
+PAIRS = [(arch, attention) for arch in ARCHS for attention in (NAME, "sdpa", "eager")] + [("mistral", NAME)]
+FORWARD = PAIRS + [(arch, FLEX) for arch in ARCHS]  # flex has no backward pass on a CPU
 _models = {}
 
 
@@ -113,8 +118,10 @@ def test_packed_is_the_sum_of_its_documents(arch, attention, lengths, seed):
 def unmasked(batch, attention):
     "The same packed call with the document mask taken out: causal over the whole row, positions still restarting."
     ids, positions = batch["input_ids"], batch["position_ids"]
+    inputs = model_inputs(batch, attention)
+    if attention == FLEX:
+        return inputs | dict(block_mask=flex_mask(torch.arange(ids.shape[1]).expand_as(ids)))
     if attention == NAME:
-        inputs = model_inputs(batch, attention)
         rows = torch.arange(0, ids.numel() + 1, ids.shape[1], dtype=torch.int32)
         return inputs | dict(cu_seq_lens_q=rows, cu_seq_lens_k=rows)
     mask = block_mask(torch.arange(ids.shape[1]).expand_as(ids), attention=attention)
@@ -127,6 +134,98 @@ def test_without_the_document_mask_it_fails(arch, attention):
     want = alone(arch, samples)
     assert difference(packed(arch, attention, batch), want) < TOLERANCE
     assert difference(packed(arch, attention, batch, unmasked(batch, attention)), want) > 1e-3
+
+
+# Document by document: what each one loses, packed and padded, and whether it notices its neighbours.
+
+
+def document_losses(model, inputs, labels, bounds):
+    "The loss of each document, summed over its scored tokens, of a flat sequence of tokens cut at `bounds`."
+    with torch.compiler.set_stance("force_eager"):  # transformers would compile flex, for half a minute
+        logits = model(**inputs).logits.flatten(0, 1)
+    labels = torch.cat([labels.flatten()[1:], torch.tensor([-100])])
+    labels[bounds[1:] - 1] = -100  # a document's last token predicts nothing
+    losses = F.cross_entropy(logits, labels, ignore_index=-100, reduction="none")
+    return torch.stack([losses[a:b].sum() for a, b in zip(bounds, bounds[1:])])
+
+
+def packed_losses(arch, attention, batch, inputs=None):
+    inputs = model_inputs(batch, attention) if inputs is None else inputs
+    return document_losses(model_of(arch, attention), inputs, batch["labels"], batch["cu_seq_lens"].unique().long())
+
+
+def pair_of_batches(lengths, seed):
+    "The same documents padded, and packed in the order of the rows."
+    samples = samples_of(lengths, seed)
+    rows = pack(lengths, ROW)
+    assert all(sum(lengths[i] for i in row) == ROW for row in rows), "no padding: document number k of one batch is that of the other"
+    return pad_rows([samples[i] for i in rows.order], PAD), pack_rows([[samples[i] for i in row] for row in rows], ROW, PAD)
+
+
+@pytest.mark.parametrize("arch,attention", [case for case in FORWARD if case[0] != "mistral"])
+def test_each_document_loses_what_it_loses_padded(arch, attention):
+    "And so do the gradients of any weighted sum of them."
+    lengths = [24, 11, 13, 1, 9, 14, 20, 4]
+    padded, batch = pair_of_batches(lengths, seed=11)
+    kind = "eager" if attention == "eager" else "sdpa"
+    length = padded.shape[1]
+    with torch.set_grad_enabled(attention != FLEX):
+        want = document_losses(model_of(arch, kind), model_inputs(padded, kind), padded["labels"], torch.arange(len(lengths) + 1) * length)
+        got = packed_losses(arch, attention, batch)
+    torch.testing.assert_close(got, want, rtol=TOLERANCE, atol=TOLERANCE)
+    if attention != FLEX:
+        weights = torch.linspace(-1, 2, len(lengths))
+        true = (want @ weights).item(), gradients(model_of(arch, kind), want @ weights)
+        assert difference(((got @ weights).item(), gradients(model_of(arch, attention), got @ weights)), true) < TOLERANCE
+
+
+def leak(arch, attention, make=model_inputs):
+    "How far the others' losses move when one document says something else."
+    _, batch = pair_of_batches([8, 7, 9, 10, 14], seed=12)
+    with torch.no_grad():
+        before = packed_losses(arch, attention, batch, make(batch, attention))
+        bounds = batch["cu_seq_lens"].unique().long()
+        changed = 1 + int((bounds[1:-1] % ROW == 0).nonzero()[0, 0])  # the first of the second row: others are before and behind it
+        inside = slice(bounds[changed], bounds[changed + 1])
+        batch["input_ids"].view(-1)[inside] = 2 + batch["input_ids"].view(-1)[inside] % 50
+        after = packed_losses(arch, attention, batch, make(batch, attention))
+    assert before[changed] != after[changed]
+    others = torch.arange(len(before)) != changed
+    return float((before - after)[others].abs().max())
+
+
+@pytest.mark.parametrize("arch,attention", FORWARD)
+def test_a_document_notices_nothing_of_another(arch, attention):
+    "To the last bit; and with the mask taken out (positions still restart) this test fails."
+    assert leak(arch, attention) == 0.0
+    assert leak(arch, attention, unmasked) > 1e-3
+
+
+@pytest.mark.slow
+def test_compiled_flex_is_the_same():
+    "What users' machines run: the kernel that transformers compiles."
+    _, batch = pair_of_batches([8, 7, 9, 10, 14], seed=12)
+    with torch.no_grad():
+        got = model_of("llama", FLEX)(**model_inputs(batch, FLEX)).logits
+        want = model_of("llama", "sdpa")(**model_inputs(batch, "sdpa")).logits
+    torch.testing.assert_close(got, want, rtol=TOLERANCE, atol=TOLERANCE * float(want.abs().max()))
+
+
+def test_what_cannot_train_here_is_refused_before_it_does():
+    with pytest.raises(ValueError, match="cannot be 'flex' here.*no backward pass on a CPU"):
+        choose_attention(CONFIGS["llama"], "flex")
+    with pytest.raises(ValueError, match="flash_attn is not installed"):
+        choose_attention(CONFIGS["llama"], FLASH)
+
+
+def test_flex_without_a_block_mask_is_sdpa_and_a_lost_one_is_noticed():
+    ids = left_padded(1)[0]
+    with torch.no_grad():
+        assert torch.equal(model_of("qwen2", FLEX)(ids).logits, model_of("qwen2", "sdpa")(ids).logits)
+    inputs = model_inputs(packed_batch([9, 8], seed=9)[1], FLEX)
+    del inputs["block_mask"]
+    with pytest.raises(ValueError, match="did not reach the attention layer"):
+        model_of("gpt2", FLEX)(**inputs)
 
 
 @pytest.mark.parametrize("attention", [NAME, "sdpa", "eager"])
