@@ -249,15 +249,17 @@ def batches(path, rows=1000):
         if file_format(path)[0] == ".parquet":
             yield from ParquetFile(f).iter_batches(batch_size=rows)
             return
-        magic = f.read(6)
+        whole = f.read(6) == b"ARROW1"  # the form with an index at its end; `datasets` writes the other, a stream
         f.seek(0)
-        opened = pa.ipc.open_file(f) if magic == b"ARROW1" else pa.ipc.open_stream(f)
-        for batch in map(opened.get_batch, range(opened.num_record_batches)) if magic == b"ARROW1" else opened:
+        opened = pa.ipc.open_file(f) if whole else pa.ipc.open_stream(f)
+        for batch in map(opened.get_batch, range(opened.num_record_batches)) if whole else opened:
             yield from (batch.slice(start, rows) for start in range(0, len(batch), rows))
 
 # %% ../../../nbs/api/data/task_dataloader/formats.ipynb #3c90b6cf
 def batch_rows(batch):
     "The rows of a batch as dicts; a `BadLine` in the place of one whose text is not UTF-8."
+    if len(set(batch.schema.names)) < len(batch.schema.names):
+        raise ValueError(explain("two columns have one name", batch.schema.names, "names, each once", "rename one"))
     try:
         return batch.to_pylist()
     except UnicodeDecodeError as e:
