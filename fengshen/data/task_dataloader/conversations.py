@@ -30,12 +30,12 @@ class ConversationDataset:
         data,  # File, folder, glob, hub id, a list of those, {name: weight}, or dicts: see `find_sources`
         tokenizer,  # A Hugging Face tokenizer with an end-of-text token
         max_length=1024,  # Tokens of a sample at most: no more than the model's context
-        template=None,  # A name, a line with {question} and {answer}, a .jinja file; None: the tokenizer's own, else yuyuan
+        template=None,  # A name, a line with {question} and {answer}, a .jinja file, or what `get_template` gives; None: the tokenizer's own, else yuyuan
         **settings,  # shape, loss_on, on_long, on_bad_line, limit: see `Preparation`
     ):
         self.tokenizer, self.max_length = tokenizer, max_length
         self.sources, self.weights = find_sources(data)
-        self.template = get_template(template, tokenizer)
+        self.template = get_template(template, tokenizer) if template is None or isinstance(template, str) else template
         work = Preparation(self.sources, tokenizer, self.template, max_length, **settings)
         key = work.key()
         self.folder, cached = prepared(key, work)
@@ -54,20 +54,18 @@ def __len__(self: ConversationDataset) -> int:
     return len(self.file)
 
 
-@property
 def _lengths(self) -> np.ndarray:
     if not hasattr(self, "_sizes"):
         self._sizes = np.diff(self.offsets)
     return self._sizes
 
 
-@property
-def _groups(self) -> np.ndarray:
-    return np.array([source.group for source in self.sources])[self.file]
+def _groups(self):
+    return None if self.weights is None else np.array([source.group for source in self.sources])[self.file]
 
 
 ConversationDataset.lengths = property(_lengths, doc="int64 [samples]: tokens of each.")
-ConversationDataset.groups = property(_groups, doc="int64 [samples]: the place of the name that each came from, and so of its weight.")
+ConversationDataset.groups = property(_groups, doc="int64 [samples]: the place of the name that each came from, and so of its weight; None without weights.")
 
 # %% ../../../nbs/api/data/task_dataloader/conversations.ipynb #76317913
 def bars(
