@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['REFUSAL', 'MADE_BY', 'SHOWN', 'ADDED', 'LINES', 'TEXTS', 'LOSS_OF_NOTE', 'NARROW', 'Finding', 'failed', 'Waiting',
            'Case', 'outside', 'requirements', 'environment', 'recipe', 'strategy_name', 'ops_needed', 'missing_tools',
-           'compiler', 'on_cpu', 'model', 'compute_dtype', 'tokenizer', 'against_model', 'sources', 'pairs', 'data',
-           'lengths', 'price', 'squeeze', 'vocabulary', 'context', 'labels', 'ends_with_answer', 'nearest_folder',
-           'folder', 'settings_of', 'shortage', 'memory', 'disk']
+           'compiler', 'on_cpu', 'model', 'compute_dtype', 'tokenizer', 'against_model', 'sources', 'talks', 'data',
+           'lengths', 'price', 'squeeze', 'said', 'vocabulary', 'context', 'labels', 'last_answer', 'ends_with_answer',
+           'nearest_folder', 'folder', 'settings_of', 'shortage', 'memory', 'disk']
 
 # %% ../../nbs/api/cli/checks.ipynb #c81e728d
 import copy
@@ -85,11 +85,11 @@ class Case:
 
     @property
     def data(self):
-        "The data module, if it is one of question-answer pairs."
-        from fengshen.data.task_dataloader.medicalQADataset import GPT2QADataModel
+        "The data module, if it is one of conversations."
+        from fengshen.data.task_dataloader.datamodule import ConversationDataModule
 
-        if not isinstance(self.cli.datamodule, GPT2QADataModel):
-            raise Waiting("a data module of question-answer pairs")
+        if not isinstance(self.cli.datamodule, ConversationDataModule):
+            raise Waiting("a data module of conversations")
         return self.cli.datamodule
 
     @property
@@ -234,7 +234,6 @@ ADDED = 64  # tokens that somebody may have added to a trained model's tokenizer
 
 def tokenizer(case) -> Finding:
     "Load the tokenizer, and hold it against the model."
-    from fengshen.data.task_dataloader.medicalQADataset import Encoder
     from fengshen.tokenizer import load_tokenizer
 
     named = case.data.tokenizer
@@ -244,8 +243,10 @@ def tokenizer(case) -> Finding:
         case.config  # the same hub; when it did not answer for the model, it is not asked again
         named = load_tokenizer(case.module.path, case.module.hub)
     found = load_tokenizer(named) if isinstance(named, (str, Path)) else named
-    Encoder(found)  # refuses one without an end
-    case.tokenizer = case.data.tokenizer = found
+    case.data.tokenizer = found
+    case.tokenizer = case.data.load()  # refuses one without an end, and a template that does not go with it
+    if case.has("config"):
+        case.data.choose_length(getattr(case.config, "max_position_embeddings", None))
     pad = "no padding token (the end fills rows)" if found.pad_token_id is None else f"pad {found.pad_token!r}"
     shown = f"{type(found).__name__}, {len(found):,} tokens, end {found.eos_token!r} ({found.eos_token_id}), {pad}"
     return against_model(found, case.config, case.module.path is not None, shown) if case.has("config") else Finding("ok", shown)
@@ -271,35 +272,46 @@ def against_model(
     return Finding("ok", shown)
 
 # %% ../../nbs/api/cli/checks.ipynb #4e732ced
-LINES = 1000  # pairs that are looked at
-TEXTS = 200  # pairs that are decoded again
+LINES = 1000  # conversations that are looked at
+TEXTS = 200  # conversations that are decoded again
 
 
 def sources(case) -> dict:
     "{split: file} of the recipe's data; without training data there is nothing to examine."
     if case.data.train is None:
-        raise ValueError(explain("there is no data to train on", None, "a file of question-answer pairs", "set data.train (--data.train FILE)"))
+        raise ValueError(explain("there is no data to train on", None, "a file of conversations", "set data.train (--data.train FILE)"))
     return {split: getattr(case.data, split) for split in ("train", "valid") if getattr(case.data, split) is not None}
 
 
-def pairs(case, split, count=LINES) -> tuple:
-    "(the first pairs of a split as (line, question, answer), [(line, what is wrong)] among them)."
-    from fengshen.data.task_dataloader.medicalQADataset import read_records
+def talks(case, split, count=LINES) -> tuple:
+    "(the first conversations of a split, [(place, what is wrong)] among them)."
+    from fengshen.data.task_dataloader.records import find_sources, read
+    from fengshen.data.task_dataloader.shapes import BadLine, conversation, recognise
 
-    bad = []
-    limit = min(count, case.data.limits[split] or count)
-    return list(islice(read_records(sources(case)[split], lambda number, reason, content: bad.append((number, reason))), limit)), bad
+    bad, good, limit = [], [], min(count, case.data.limits[split] or count)
+    for source in find_sources(sources(case)[split])[0]:
+        shape = case.data.settings["shape"]
+        for number, record in read(source, lambda source, number, reason, content: bad.append((source.place(number), reason))):
+            if len(good) + len(bad) >= limit:
+                break
+            try:
+                shape = shape or recognise(record)
+                good.append(conversation(record, shape))
+            except BadLine as e:
+                bad.append((source.place(number), str(e)))
+    return good, bad
 
 
 def data(case) -> Finding:
-    "Whether the files are there, and their first lines are pairs."
+    "Whether the files are there, and their first lines are conversations."
     shown, wrong = [], 0
     for split, source in sources(case).items():
-        good, bad = pairs(case, split)
-        shown.append(f"{split} {Path(str(source)).name}: the first {len(good):,} pairs" + (f", {len(bad):,} bad lines, the first is line {bad[0][0]}: {bad[0][1]}" if bad else ""))
+        good, bad = talks(case, split)
+        first = f"{bad[0][0]}: {bad[0][1]}" if bad else ""
+        shown.append(f"{split} {source}: the first {len(good):,} conversations" + (f", {len(bad):,} bad lines, the first is {first}" if bad else ""))
         wrong += len(bad)
         if not good:
-            return Finding("fail", f"{split} {source} holds no question-answer pair" + (f"; line {bad[0][0]}: {bad[0][1]}" if bad else ""), 'a line is {"question": "...", "answer": "..."}')
+            return Finding("fail", f"{split} {source} holds no conversation" + (f"; {first}" if bad else ""), 'a line is {"question": "...", "answer": "..."}')
     case.read = True
     skipped = case.data.settings["on_bad_line"] == "skip"
     remedy = "they will be left out" if skipped else "correct them, or leave such lines out with data.on_bad_line=skip"
@@ -310,29 +322,28 @@ LOSS_OF_NOTE = 0.02  # share of the tokens that `on_long` may take before it is 
 
 
 def lengths(case) -> Finding:
-    "Tokenise the first pairs as the run would, and tell which are too long."
-    from fengshen.data.task_dataloader.medicalQADataset import GPT2QADataset
-
+    "Tokenise the first conversations as the run would, and tell which are too long."
     asked, sets, findings = case.data.settings["on_long"], {}, []
-    case.read  # files that cannot be read were told of
-    settings = case.data.settings | dict(on_bad_line="skip", on_long="truncate" if asked == "error" else asked)
+    case.read, case.tokenizer  # files that cannot be read were told of
     for split, source in sources(case).items():
-        limit = min(LINES, case.data.limits[split] or LINES)
-        sets[split] = found = GPT2QADataset(source, case.tokenizer, limit=limit, **settings)
-        lost = found.lost / int(found.pair_lengths.sum())
-        if found.long_pairs and (asked == "error" or lost > LOSS_OF_NOTE):
-            findings.append(Finding("fail" if asked == "error" else "warn", *price(found)))
+        settings = dict(limit=min(LINES, case.data.limits[split] or LINES), on_bad_line="skip")
+        sets[split] = found = case.data.dataset(source, **settings, on_long="truncate" if asked == "error" else asked)
+        r = found.report
+        if r["long"] and (asked == "error" or r["lost"] > LOSS_OF_NOTE * (r["tokens"] + r["lost"])):
+            findings.append(Finding("fail" if asked == "error" else "warn", *price(case, source, settings)))
     case.sets = sets
     worst = sorted(findings, key=lambda f: f.status)  # fail comes before warn
     return worst[0] if worst else Finding("ok", "; ".join(found.lines()[0] for found in sets.values()))
 
 
 def price(
-    dataset,  # A GPT2QADataset with long pairs
+    case,  # A Case
+    source,  # Data with conversations that are too long
+    settings,  # Of the dataset
 ) -> tuple:
-    "(how many pairs are too long, what each choice costs), in the words of the refusal."
+    "(how many conversations are too long, what each choice costs), in the words of the refusal."
     try:
-        dataset.refuse_long()
+        case.data.dataset(source, **settings, on_long="error")
     except ValueError as e:
         told = failed(e)
     return told.found, told.remedy
@@ -343,11 +354,16 @@ def squeeze(text) -> str:
     return "".join(text.split())
 
 
+def said(talk) -> list:
+    "The texts of a conversation."
+    return [talk["text"]] if "text" in talk else [m["content"] for m in talk["messages"] if m["content"]]
+
+
 def vocabulary(case) -> Finding:
     "Share of unknown tokens, and of texts that come back from their tokens."
     case.read
     known = case.tokenizer
-    texts = [text for _, question, answer in pairs(case, "train", TEXTS)[0] for text in (question, answer)]
+    texts = [text for talk in talks(case, "train", TEXTS)[0] for text in said(talk)]
     ids = known(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     unknown = 0.0 if known.unk_token_id is None else sum(row.count(known.unk_token_id) for row in ids) / max(1, sum(map(len, ids)))
     changed = [(text, back) for text, back in zip(texts, known.batch_decode(ids)) if squeeze(text) != squeeze(back)]
@@ -372,15 +388,14 @@ def context(case) -> Finding:
 
 def labels(case) -> Finding:
     "Whether what is scored is the answer and its end."
-    from fengshen.data.task_dataloader.medicalQADataset import GPT2QADataset
-
     known, sample = case.tokenizer, case.sets["train"]
-    records = [dict(question=q, answer=a) for _, q, a in pairs(case, "train", TEXTS)[0]]
-    whole = GPT2QADataset(records, known, **(case.data.settings | dict(max_length=2**20, on_bad_line="skip", on_long="drop")))
-    wrong = [i for i in range(len(whole)) if not ends_with_answer(known, whole[i]["labels"], records[i]["answer"])] if len(whole) == len(records) else []
+    records = talks(case, "train", TEXTS)[0]
+    whole = case.data.dataset(records, max_length=2**20, on_bad_line="skip", on_long="drop", shape=None)
+    answers = [last_answer(record) for record in records]
+    wrong = [i for i in range(len(whole)) if not ends_with_answer(known, whole[i]["labels"], answers[i], case.data.stops)] if len(whole) == len(records) else []
     if wrong:
-        return Finding("fail", f"{len(wrong)} of {len(whole)} samples do not score their answer and its end, the first is {records[wrong[0]]['answer'][:40]!r}",
-                       "see the samples: GPT2QADataset(FILE, tokenizer) shows them in a notebook")
+        return Finding("fail", f"{len(wrong)} of {len(whole)} samples do not score their answer and its end, the first is {answers[wrong[0]][:40]!r}",
+                       "see the samples: fengshen data show with the same words")
     silent = sum((sample[i]["labels"] == -100).all() for i in range(min(len(sample), LINES)))
     share = sample.report["scored"] / sample.report["tokens"]
     shown = f"{share:.0%} of the tokens are scored; {len(whole):,} answers and their ends were compared"
@@ -389,15 +404,21 @@ def labels(case) -> Finding:
     return Finding("ok", shown)
 
 
+def last_answer(talk) -> str:
+    "What a conversation's last answer says."
+    return talk["text"] if "text" in talk else [m["content"] for m in talk["messages"] if m["role"] == "assistant"][-1]
+
+
 def ends_with_answer(
     tokenizer,  # Of the data
     labels_l,  # Labels of a sample, -100 where nothing is scored
     answer,  # The answer's text
+    stops,  # Ids that end an answer
 ) -> bool:
-    "True when the scored tokens end with the answer and the end-of-text token."
+    "True when the scored tokens end with the answer and its end."
     scored = labels_l[labels_l != -100].tolist()
     expected = tokenizer.decode(tokenizer(answer, add_special_tokens=False, split_special_tokens=True)["input_ids"])
-    return bool(scored) and scored[-1] == tokenizer.eos_token_id and squeeze(tokenizer.decode(scored[:-1])).endswith(squeeze(expected))
+    return bool(scored) and scored[-1] in stops and squeeze(tokenizer.decode(scored[:-1])).endswith(squeeze(expected))
 
 # %% ../../nbs/api/cli/checks.ipynb #a5771bce
 def nearest_folder(path) -> Path:
