@@ -267,7 +267,7 @@ def test_what_is_no_data_is_refused(tmp_path):
     make(tmp_path, "a.jsonl")
     a = str(tmp_path / "a.jsonl")
     for data, why in [(None, "no data"), (3, "no data"), ([a, {}], "all paths, or all dicts"), ([[]], "all paths, or all dicts"), ([a, a], "named twice"),
-                      ({"question": "问", "answer": "答"}, "no such file")]:
+                      ({"question": "问", "answer": "答"}, "for one record give a list")]:
         with pytest.raises(ValueError, match=why):
             find_sources(data)
     assert read_all("fengshen:qa_demo/valid.jsonl") and read_all([]) == []
@@ -300,6 +300,31 @@ def test_a_hub_dataset_that_cannot_be_reached(monkeypatch):
     with pytest.raises(ValueError, match="HF_HUB_OFFLINE is set, and it is not in the cache.*hf download nobody/nothing --repo-type dataset"):
         find_sources("nobody/nothing:validation")
     assert not datasets.config.HF_HUB_OFFLINE, "as it was"
+
+
+def test_a_hub_dataset_is_asked_for_its_split(monkeypatch):
+    import datasets
+
+    from fengshen.data.task_dataloader import records
+
+    asked = []
+
+    def load(name, split):
+        asked.append((name, split))
+        if name == "org/none":
+            raise datasets.exceptions.DatasetNotFoundError("Dataset 'org/none' doesn't exist on the Hub")
+        return datasets.Dataset.from_list(RECORDS)
+
+    monkeypatch.setattr(records, "why_offline", lambda: "")
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    sources, weights = find_sources({"org/name:train[:10%]": 1, "org/name-v1.5": 2})
+    assert asked == [("org/name", "train[:10%]"), ("org/name-v1.5", "train")] and [s.name for s in sources] == ["org/name:train[:10%]", "org/name-v1.5"]
+    assert read_all("org/name") == RECORDS
+    with pytest.raises(ValueError, match="nor a hub dataset: Dataset 'org/none' doesn't exist.*check the spelling"):
+        find_sources("org/none")
+    for path in ("/org/name", "./org/name", "org/name.jsonl", "a/b/c", "tests/none"):
+        with pytest.raises(ValueError, match="no such file"):
+            find_sources(path)
 
 
 def test_skipped_lines_are_written_and_twenty_remembered(tmp_path):

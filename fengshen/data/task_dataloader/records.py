@@ -85,7 +85,8 @@ def from_hub(
     except (OSError, ValueError) as e:
         why, do = str(e), "check the spelling, or load it in Python and give the dataset itself"
         if offline:
-            why, do = f"{offline}, and it is not in the cache", f"elsewhere run `hf download {name} --repo-type dataset --local-dir FOLDER`"
+            why = f"{offline}, and it is not in the cache"
+            do = f"on a machine with a network run `hf download {name} --repo-type dataset --local-dir FOLDER`, and give FOLDER or its files"
         raise ValueError(explain(f"no such file or folder, nor a hub dataset: {why}", text, "a path, or org/name:split", do)) from None
     finally:
         datasets.config.HF_HUB_OFFLINE = before
@@ -96,11 +97,11 @@ def expand(
 ) -> list:
     "[(name, data)] that a name stands for, at least one; a `ValueError` says what there is instead."
     text = str(name)
+    if is_hub_id(text):
+        return [(text, from_hub(text))]
     if re.search(r"[*?\[]", text) and not Path(text).expanduser().exists():
         hits = sorted(Path(p) for p in glob(str(Path(text).expanduser()), recursive=True))
         found = [(str(p), p) for p in hits if p.is_file() and file_format(p)[0]]
-    elif is_hub_id(text):
-        found = [(text, from_hub(text))]
     else:
         path = resource(text)
         hits = [path]
@@ -154,8 +155,9 @@ def find_sources(
     "(list of `Source`, list of weights or None)."
     if isinstance(data, dict) and hasattr(data, "cache_files"):  # a datasets.DatasetDict
         raise ValueError(explain("several splits were given", list(data), "one of them", f"data[{next(iter(data), 'train')!r}] is a dataset"))
-    if isinstance(data, dict) and data:
-        return named_sources(data), checked_weights(data)
+    if isinstance(data, dict):
+        weights = checked_weights(data)
+        return named_sources(data), weights
     if isinstance(data, (str, Path)):
         return named_sources([data]), None
     if isinstance(data, (list, tuple)) and data and all(isinstance(x, (str, Path)) for x in data):
