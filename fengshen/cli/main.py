@@ -42,6 +42,12 @@ def _doctor(args):
     return run_doctor(args)
 
 
+def _data(args):
+    from fengshen.cli.data import run_data
+
+    return run_data(args)
+
+
 def _validate(args):
     from fengshen.cli.fit import make_cli, run_validate, split_args
 
@@ -101,6 +107,7 @@ def check(name):
 VERBS = dict(
     fit=(_fit, "train a recipe: fengshen fit -c demo --trainer.max_steps 100"),
     doctor=(_doctor, "find what would stop a run, before it starts: fengshen doctor -c demo"),
+    data=(_data, "look at samples, tokens and mask, or print the report: fengshen data show -c demo --find TEXT"),
     validate=(_validate, "loss, perplexity and sampled answers of a model: fengshen validate -c demo --model.path FOLDER"),
     generate=(_generate, "continue prompts: fengshen generate FOLDER --prompt TEXT"),
     export=(_export, "write any checkpoint as a Hugging Face folder: fengshen export RUN"),

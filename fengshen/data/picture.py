@@ -25,14 +25,14 @@ from ..utils.charts import Frame, grid, marks, placer, svg
 ENGLISH = dict(
     sample="sample", of="of", line="line", tokens="tokens", scored="scored", cut="cut", piece="a piece of a longer one", text="text", context="not scored",
     special="special", row="row", shares="shares its row with", full="full", alone="has its row to itself", lost="tokens lost", truncate="cut off",
-    drop="left out", split="split", same="the same tokens as", length="tokens of a sample", samples="samples", nothing="no sample passes the filters",
+    drop="left out", split="split", same="the same tokens as", length="tokens of a sample", samples="samples", nothing="no further sample passes the filters",
     stopped="not found yet; looked up to sample", shown="tokens shown", position="position", id="id", bytes="bytes", filters="filters", cuts="what was cut",
     lengths="lengths", pack="packed row", duplicates="duplicates",
 )
 CHINESE = dict(
     sample="样本", of="/", line="行", tokens="词元", scored="计入损失", cut="被截断", piece="长样本的一段", text="文本", context="不计损失",
     special="特殊词元", row="打包行", shares="同行的样本", full="填充率", alone="独占一行", lost="词元丢失", truncate="截断",
-    drop="丢弃", split="拆分", same="词元相同的样本", length="样本的词元数", samples="样本数", nothing="没有符合条件的样本",
+    drop="丢弃", split="拆分", same="词元相同的样本", length="样本的词元数", samples="样本数", nothing="没有其他符合条件的样本",
     stopped="尚未找到；已查到样本", shown="显示词元", position="位置", id="编号", bytes="字节", filters="筛选", cuts="被截掉的内容",
     lengths="长度分布", pack="打包行", duplicates="重复样本",
 )
@@ -44,7 +44,7 @@ MARGIN = 4  # tokens looked at on both sides of a window, so that a character at
 
 def token_list(
     ids,  # Token ids of a whole sample
-    scored,  # As many booleans
+    scored,  # As many booleans; the first is taken as False, because nothing comes before it
     pieces,  # A `Pieces`
     start=0,  # First token that is wanted
     count=None,  # How many; None: all the rest
@@ -56,7 +56,7 @@ def token_list(
     tokens = []
     for a, b, whole in characters([pieces[i] for i in stretch]):
         if start <= first + a < end:
-            tokens += [token(stretch[k], first + k, bool(scored[first + k]), pieces, first + a, whole, b - a == 1) for k in range(a, b)]
+            tokens += [token(stretch[k], first + k, bool(scored[first + k]) and first + k > 0, pieces, first + a, whole, b - a == 1) for k in range(a, b)]
     return tokens
 
 
@@ -233,7 +233,7 @@ def render(
     console = Console(file=out, width=width, force_terminal=colour, color_system="standard" if colour else None, highlight=False, markup=False, emoji=False)
     for part in parts:
         console.print(part)
-    return out.getvalue().rstrip("\n")
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 # %% ../../nbs/api/data/picture.ipynb #7f166379
 def page_html(

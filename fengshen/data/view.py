@@ -63,7 +63,7 @@ class View:
     def cut_at(self) -> dict:
         "{(file, line): what was cut there}."
         table = {}
-        for cut in self.dataset.cuts:
+        for cut in self.dataset.cuts():
             table.setdefault((str(cut["file"]), int(cut["line"])), []).append(cut)
         return table
 
@@ -76,7 +76,8 @@ def shares(
     "Share of scored tokens of each sample from a to b."
     borders = np.asarray(dataset.offsets[a : b + 1], np.int64)
     sums = np.concatenate([[0], np.cumsum(dataset.scored[borders[0] : borders[-1]], dtype=np.int64)])
-    return np.diff(sums[borders - borders[0]]) / np.maximum(np.diff(borders), 1)
+    first = dataset.scored[borders[:-1]] != 0  # nothing comes before a first token, so it is never learned
+    return (np.diff(sums[borders - borders[0]]) - first) / np.diff(borders)
 
 
 def from_file(dataset, name, a, b) -> np.ndarray:
@@ -222,7 +223,7 @@ def sample(self: View, i=None) -> dict:
     i, d = self.at if i is None else i, self.dataset
     a, b = d.offsets[i : i + 2]
     same = np.flatnonzero(np.asarray(d.hashes) == d.hashes[i])
-    return dict(sample=i, file=str(d.files[d.file[i]]), line=int(d.line[i]), tokens=int(b - a), scored=int(np.count_nonzero(d.scored[a:b])),
+    return dict(sample=i, file=str(d.files[d.file[i]]), line=int(d.line[i]), tokens=int(b - a), scored=int(np.count_nonzero(d.scored[a + 1 : b])),
                 state=STATES[d.state[i]], same=[int(s) for s in same[:9] if s != i])
 
 # %% ../../nbs/api/data/view.ipynb #953f6db9
