@@ -63,7 +63,7 @@ def in_folder(folder) -> list:
     return [(str(p), p) for p in known_files(folder.rglob("*"), folder)]
 
 # %% ../../../nbs/api/data/task_dataloader/records.ipynb #a961e2e8
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[^/:]+)?")
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[^/]+)?")
 
 
 def is_hub_id(text) -> bool:
