@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from .encode import LOSS_ON, Encoder, flatten
 from .long import Long, size
-from .records import BadLine, Skipped, content_key, read, refuse_line
+from .formats import BadLine
+from .records import Skipped, content_key, read, refuse_line
 from .shapes import SHAPES, conversation, describe, recognise
 from .store import Writer, cache_folder
 from .templates import opening
@@ -170,7 +171,7 @@ def fit(self: Preparation, file, number, talk, turns) -> list:
     if what == "error":
         self.price(talk, turns)
     samples = ON_LONG[what](self.long, talk, turns)
-    lost = self.lost()
+    lost = self.lost() if samples else tokens
     self.counts["lost"] += lost
     if lost or what == "split":
         cut = dict(file=self.sources[file].name, line=number, tokens=tokens, lost=lost, what=what if samples else "drop", text=" … ".join(self.long.gone)[:2000])

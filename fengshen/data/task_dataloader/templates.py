@@ -11,7 +11,7 @@ import json
 import re
 from pathlib import Path
 
-from .records import BadLine
+from .formats import BadLine
 from ...utils.core import explain, patch, pick, say
 from ...utils.resources import resource
 
