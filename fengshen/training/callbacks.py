@@ -77,7 +77,8 @@ def on_train_batch_end(self: Recorder, trainer, module, outputs, batch, batch_id
     if not at_step_end(trainer, batch_idx) or trainer.global_step % trainer.log_every_n_steps:
         return
     figures = module.step_figures()
-    record = dict(step=trainer.global_step, split="train", loss=figures["loss"], lr=self.lr, grad_norm=figures["grad_norm"], tokens=figures["tokens"])
+    record = dict(step=trainer.global_step, split="train", loss=figures["loss"], lr=self.lr, grad_norm=figures["grad_norm"])
+    record |= dict(tokens=figures["tokens"], fill=round(figures["fill"], 4))
     self.write(trainer, record | self.pace(trainer, figures["tokens"]))
 
 # %% ../../nbs/api/training/callbacks.ipynb #d3d94468

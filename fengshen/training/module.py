@@ -39,7 +39,7 @@ class CausalLMModule(pl.LightningModule):
         path: str | None = None,  # A folder, a hub id or `fengshen:NAME` whose weights are finetuned
         config: str | None = None,  # A config.json: random weights of that shape; give this or `path`, not both
         hub: str = "huggingface",  # Where an id is looked up: huggingface or modelscope
-        attention: str = "auto",  # auto, varlen, sdpa or eager; auto takes the fastest the model can use
+        attention: str = "auto",  # auto, varlen, sdpa, eager, flex or flash_attention_2; auto takes the fastest the model can use
         lora: LoRAConfig | None = None,  # Train a low-rank adapter and freeze the rest; null: train everything
         gradient_checkpointing: bool = False,  # Recompute the blocks in the backward pass: a third more time, far less memory
         compile: bool | None = None,  # Compile each block; None: where it pays (an accelerator, packed rows, no ZeRO-3)
@@ -67,7 +67,7 @@ class CausalLMModule(pl.LightningModule):
 
 # %% ../../nbs/api/training/module.ipynb #8f14e45f
 class Totals:
-    "Running sums of one optimizer step (loss, labelled tokens of the global batch) and of the run (real tokens, samples without a label; on this rank)."
+    "Running sums of one optimizer step (loss, labelled tokens of the global batch, real and computed tokens) and of the run (real tokens, samples without a label; on this rank)."
 
     def __init__(self):
         self.tokens = self.unlabelled = 0
@@ -75,12 +75,14 @@ class Totals:
 
     def open_window(self, labels):
         "Start a step whose global batch holds `labels` scored tokens."
-        self.loss, self.labels, self.read = 0.0, labels, None
+        self.loss, self.labels, self.read, self.real, self.computed = 0.0, labels, None, 0, 0
 
-    def add(self, loss_sum, tokens, unlabelled=0):
-        "Add one micro-batch of this rank."
+    def add(self, loss_sum, tokens, computed, unlabelled=0):
+        "Add one micro-batch of this rank: `tokens` real ones, of `computed`."
         self.loss = self.loss + loss_sum.detach().float()
         self.tokens += tokens
+        self.real += tokens
+        self.computed += computed
         self.unlabelled += unlabelled
 
 # %% ../../nbs/api/training/module.ipynb #c51ce410
@@ -193,7 +195,7 @@ def training_step(self: CausalLMModule, batch, batch_idx):
         mine = torch.tensor(float(batch["step_labels"]), device=self.device)
         self.totals.open_window(self.trainer.strategy.reduce(mine, reduce_op="sum").clamp(min=1))
     loss_sum = self.token_loss(batch)
-    self.totals.add(loss_sum, batch["tokens"], len(batch.get("unlabelled", ())))
+    self.totals.add(loss_sum, batch["tokens"], batch["input_ids"].numel(), len(batch.get("unlabelled", ())))
     return loss_sum * (self.loss_scale() / self.totals.labels + finite_or_nan(loss_sum))
 
 
@@ -384,14 +386,14 @@ def configure_gradient_clipping(self: CausalLMModule, optimizer, gradient_clip_v
 
 @patch
 def read_step(self: CausalLMModule) -> dict:
-    "Loss, real tokens, samples without a label and gradient norm of the step, over all ranks, as numbers; one reduction and one wait a step."
+    "Loss, real tokens, their share of the computed ones, samples without a label and gradient norm of the step, over all ranks; one reduction and one wait a step."
     totals, world = self.totals, self.trainer.world_size
     if totals.read is None:
         norm = 0.0 if self.grad_norm is None else self.grad_norm / world  # equal on all ranks already; summed, it is surely so
-        mine = [torch.as_tensor(x, device=self.device).double() for x in (totals.loss, totals.tokens, totals.unlabelled, norm)]
-        sums = self.trainer.strategy.reduce(torch.stack(mine), reduce_op="sum")
-        loss, tokens, unlabelled, norm, labels = [*sums.tolist(), float(totals.labels)]
-        totals.read = dict(loss=loss / labels, tokens=int(tokens), unlabelled=int(unlabelled), grad_norm=norm)
+        mine = totals.loss, totals.tokens, totals.unlabelled, norm, totals.real, totals.computed
+        mine = torch.stack([torch.as_tensor(x, device=self.device).double() for x in mine])
+        loss, tokens, unlabelled, norm, real, computed = self.trainer.strategy.reduce(mine, reduce_op="sum").tolist()
+        totals.read = dict(loss=loss / float(totals.labels), tokens=int(tokens), fill=real / max(computed, 1), unlabelled=int(unlabelled), grad_norm=norm)
     return totals.read
 
 

@@ -43,6 +43,7 @@ SHOWN = dict(
     tokens_per_second=lambda v: f"{number_text(v)} tokens/s",
     memory_gib=lambda v: f"{v:.1f} GiB",
     eta_seconds=lambda v: f"ETA {duration(v)}",
+    fill=lambda v: f"fill {v:.1%}",
 )
 
 
@@ -117,7 +118,7 @@ def update(
     self.newest = {**self.newest, **record}
     if self.bar:
         self.bar.update(self.task, completed=record.get("step"), total=record.get("max_steps"), step=step_text(record),
-                        words=figures(record, leave_out=("lr",)), refresh=self.due(0.1))
+                        words=figures(record, leave_out=("lr", "fill")), refresh=self.due(0.1))
     elif self.due(self.seconds):
         self.line(f"{step_text(record)}  {figures(record)}")
 
