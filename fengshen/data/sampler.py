@@ -54,21 +54,21 @@ class Order:
 # %% ../../nbs/api/data/sampler.ipynb #49b25a38
 def by_length(
     lengths,  # 1-D integers: tokens of each sample
-    micro_batch,  # Samples that one process sees at once
+    block,  # Samples of similar length that stay together: a multiple of the usual micro-batches, such as 32
     seed,  # Non-negative integer
-    windows=50,  # Micro-batches that are sorted together: more pads less and shuffles less
+    windows=50,  # Blocks that are sorted together: more pads less and shuffles less
 ) -> Order:
     "Every sample once an epoch, those of similar length together."
     lengths = np.asarray(lengths)
 
     def draw(epoch):
         order = epoch_order(len(lengths), seed, epoch)
-        order = order[np.lexsort((lengths[order], np.arange(len(order)) // (windows * micro_batch)))]
-        whole = len(order) // micro_batch
-        batches, last = order[: whole * micro_batch].reshape(whole, micro_batch), order[whole * micro_batch :]
-        return np.concatenate([batches[shuffled(whole, seed, epoch, 1)].ravel(), last])
+        order = order[np.lexsort((lengths[order], np.arange(len(order)) // (windows * block)))]
+        whole = len(order) // block
+        blocks, last = order[: whole * block].reshape(whole, block), order[whole * block :]
+        return np.concatenate([blocks[shuffled(whole, seed, epoch, 1)].ravel(), last])
 
-    return Order(draw, len(lengths), len(lengths), seed, f"by length in {windows} x {micro_batch}")
+    return Order(draw, len(lengths), len(lengths), seed, f"by length in {windows} x {block}")
 
 # %% ../../nbs/api/data/sampler.ipynb #bb0c7ad0
 def shares(

@@ -106,7 +106,7 @@ def lengths_of(size):
 def orders(size, micro, seed=42):
     "Orders of that many samples."
     one, two = size // 3, size - size // 3
-    plain = [None, by_length(lengths_of(size), micro, seed), by_length(lengths_of(size), micro, seed, windows=2)]
+    plain = [None, by_length(lengths_of(size), 4, seed), by_length(lengths_of(size), micro, seed, windows=2)]
     return plain + ([mixed([one, two], [1, 1], seed)] if one else []) + [mixed([size], [1], seed)]
 
 
@@ -126,7 +126,8 @@ def test_resumed_anywhere_in_any_order_is_the_straight_run(size, split, which, s
 
 
 @given(sizes, splits, st.integers(0, 5), st.integers(1, 6))
-def test_by_length_every_sample_once_in_whole_micro_batches(size, split, epoch, windows):
+def test_by_length_every_sample_once_in_whole_blocks(size, split, epoch, windows):
+    "With the micro-batch as the block, each micro-batch of each rank is a block."
     micro, _, world = split
     lengths = lengths_of(size)
     order = by_length(lengths, micro, 7, windows)(epoch)
@@ -139,6 +140,14 @@ def test_by_length_every_sample_once_in_whole_micro_batches(size, split, epoch, 
     pieces = {tuple(order[i : i + micro]) for i in range(0, size, micro)} if epoch == 0 else None
     if pieces:
         assert {tuple(m) for s in samplers for window in s for m in window if m} == pieces
+
+
+@given(sizes, splits, st.integers(0, 4))
+def test_in_any_order_a_step_holds_the_same_samples_however_it_is_divided(size, split, which):
+    micro, accumulate, world = split
+    a, b = orders(size, 3), orders(size, 3)
+    which %= len(a)
+    assert steps(ranks(size, split, order=a[which])) == steps(ranks(size, (micro * accumulate * world, 1, 1), order=b[which]))
 
 
 @given(groups, st.integers(0, 3), st.integers(1, 60))
