@@ -33,7 +33,7 @@ def data_module(
     with contextlib.redirect_stdout(sys.stderr):
         cli = make_cli(settings, name, rest, verb="data")
     module = cli.datamodule
-    if module.train is None:
+    if module.train is None and module.valid is None:
         raise ValueError(explain("there is no data to look at", None, "a recipe, or a file", "name one: fengshen data show -c demo, or --data.train FILE --data.tokenizer FOLDER"))
     if named:  # its tokenizer and its context count where the data names none
         cli.trainer.strategy.connect(cli.model)
@@ -82,7 +82,7 @@ def found(
         view.compare(options.compare_tokenizer, options.compare_template)
     asked = {name: getattr(options, name) or None if name in FLAGS else getattr(options, name) for name in FILTERS} | dict(text=options.find)
     if options.sample is not None:
-        view.filters = {name: value for name, value in asked.items() if value is not None}
+        view.choose(**asked)
         view.go(options.sample, options.start or 0)
         return True
     with tqdm(total=len(view), unit=" samples", desc="searching", delay=1, leave=False) as bar:

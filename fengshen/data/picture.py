@@ -62,7 +62,7 @@ def token_list(
 
 def token(id, position, scored, pieces, group, whole, alone) -> dict:
     "A token as a dict; `alone` where it is a character or more by itself."
-    shown = whole if alone else pieces[id].hex(" ").upper()
+    shown = whole if alone else pieces[id].hex().upper()
     return dict(id=id, text=shown, bytes=pieces[id].hex(" ").upper(), scored=scored, special=pieces.special(id), position=position, group=group, whole=whole)
 
 # %% ../../nbs/api/data/picture.ipynb #f05b8de1
@@ -219,7 +219,7 @@ def colored(
 def token_line(tokens) -> str:
     "Tokens apart from each other by blanks, their own blanks as dots; those of one character with their bytes."
     groups = [list(g) for _, g in groupby(tokens, key=lambda t: t["group"])]
-    words = [visible(g[0]["whole"].translate(SHOWN)) + (f"({'+'.join(t['bytes'].replace(' ', '') for t in g)})" if len(g) > 1 else "") for g in groups]
+    words = [visible(g[0]["whole"].translate(SHOWN)) + (f"({'+'.join(t['text'] for t in g)})" if len(g) > 1 else "") for g in groups]
     return " ".join(words)
 
 
@@ -230,7 +230,7 @@ def render(
 ) -> str:
     "Parts as one string, wrapped by the width that Chinese characters have on a terminal."
     out = io.StringIO()
-    console = Console(file=out, width=width, force_terminal=colour, color_system="standard" if colour else None, highlight=False, markup=False, emoji=False)
+    console = Console(file=out, width=width, force_terminal=colour, force_jupyter=False, color_system="standard" if colour else None, highlight=False, markup=False, emoji=False)
     for part in parts:
         console.print(part)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
