@@ -17,7 +17,16 @@ from fengshen.data.batch import pad_rows
 from fengshen.data.packing import pack, pack_rows
 from fengshen.losses import cross_entropy
 from fengshen.utils.kernels.attention import (
-    FLASH, FLEX, NAME, block_mask, choose_attention, document_attention, flex_mask, model_inputs, register_attention)
+    FLASH,
+    FLEX,
+    NAME,
+    block_mask,
+    choose_attention,
+    document_attention,
+    flex_mask,
+    model_inputs,
+    register_attention,
+)
 from fengshen.utils.kernels.loss import chunked_loss
 
 VOCAB, ROW, PAD = 61, 24, 0
