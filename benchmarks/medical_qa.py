@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 
 from fengshen.cli.fit import fit
 from fengshen.cli.recipes import read_recipe
-from fengshen.data.task_dataloader.medicalQADataset import GPT2QADataset
+from fengshen.data.task_dataloader.conversations import ConversationDataset
 from fengshen.tokenizer import load_tokenizer
 
 
@@ -56,8 +56,8 @@ def main():
     recipe = read_recipe("medical_qa")["data"]
     tokenizer = load_tokenizer(options.tokenizer)
     settings = dict(max_length=recipe["max_length"], on_long=recipe["on_long"])
-    train = GPT2QADataset(options.train, tokenizer, **settings)
-    valid = GPT2QADataset(options.valid, tokenizer, limit=recipe["limit_valid"], **settings)
+    train = ConversationDataset(options.train, tokenizer, **settings)
+    valid = ConversationDataset(options.valid, tokenizer, limit=recipe["limit_valid"], **settings)
     unigram, bigram = ngrams(train, valid, len(tokenizer))
     print(f"smoothed unigram {unigram:.3f}, bigram {bigram:.3f} nats per scored token of the validation answers")
     files = {"data.train": options.train, "data.valid": options.valid, "data.tokenizer": options.tokenizer}

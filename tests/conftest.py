@@ -1,5 +1,8 @@
 """What every test shares: where the repository is, and larger data that a checkout may have beside it."""
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -7,6 +10,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# the user's cache stays as it is; processes that a test starts write here too
+os.environ["FENGSHEN_CACHE"] = tempfile.mkdtemp(prefix="fengshen-tests-")
+atexit.register(shutil.rmtree, os.environ["FENGSHEN_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

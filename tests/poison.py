@@ -5,7 +5,7 @@ import time
 
 import torch
 
-from fengshen.data.task_dataloader.medicalQADataset import GPT2QADataModel
+from fengshen.data.task_dataloader.datamodule import ConversationDataModule
 from fengshen.losses import cross_entropy
 from fengshen.training.module import CausalLMModule
 from tests.training_runs import uneven_pairs
@@ -95,7 +95,7 @@ class CutOff(CausalLMModule):
         return loss * 0 + loss.detach()
 
 
-class SlowData(GPT2QADataModel):
+class SlowData(ConversationDataModule):
     "Making a batch takes 30 ms."
 
     def collate(self, samples, rows=1):
@@ -103,13 +103,13 @@ class SlowData(GPT2QADataModel):
         return super().collate(samples, rows)
 
 
-class SilentData(GPT2QADataModel):
+class SilentData(ConversationDataModule):
     "The samples of two lines have no scored token."
 
     def setup(self, stage=None):
         super().setup(stage)
         data = self.sets["train"]
+        data.scored = data.scored.copy()
         for line in (LINE, 30):
-            i = list(data.line_numbers).index(line)
-            data.starts = data.starts.copy()
-            data.starts[i] = data.lengths[i]
+            i = data.line.tolist().index(line)
+            data.scored[data.offsets[i] : data.offsets[i + 1]] = 0

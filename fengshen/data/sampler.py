@@ -269,9 +269,12 @@ def lines(
     self: TrainLoader,
     numbers,  # Sample numbers
 ) -> list:
-    "Their lines in the data's file, from 1; empty when the dataset does not know them."
-    known = getattr(getattr(self.dataset, "dataset", self.dataset), "line_numbers", None)  # a packed dataset holds the one it packs
-    return [] if known is None else sorted({int(known[number]) for number in numbers})
+    "Their lines in the data's file, from 1, as 'file:line' where there are several; empty when the dataset does not know them."
+    data = getattr(self.dataset, "dataset", self.dataset)  # a packed dataset holds the one it packs
+    if not hasattr(data, "line"):
+        return []
+    places = sorted({(int(data.file[number]), int(data.line[number])) for number in numbers})
+    return [line if len(data.files) == 1 else f"{data.files[file]}:{line}" for file, line in places]
 
 # %% ../../nbs/api/data/sampler.ipynb #33e75ff0
 @patch

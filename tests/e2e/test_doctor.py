@@ -127,7 +127,7 @@ def test_wenzhong_with_a_local_config_in_half_a_minute(tmp_path):
     ({"data.max_length": 256}, "context", "128"),
     ({"data.max_length": 40}, "lengths", "drop leaves out"),
     ({"data.max_length": 5}, "lengths", "data.max_length"),
-    ({"data.prompt": "no place for the question"}, "lengths", "default"),
+    ({"data.template": "no place for the question"}, "tokenizer", "data.template"),
     ({"checkpoint.keep": 10**9}, "disk", "checkpoint.keep"),
     ({"data.micro_batch": 10**7}, "memory", "gradient_checkpointing"),
     ({"run_dir": "/proc/nowhere/run"}, "folder", "--run_dir"),
@@ -257,16 +257,16 @@ def test_what_has_no_formula_is_a_warning(tmp_path, monkeypatch):
 
 
 def test_labels_that_miss_their_end(tmp_path, monkeypatch):
-    from fengshen.data.task_dataloader.medicalQADataset import GPT2QADataset
+    from fengshen.data.task_dataloader.conversations import ConversationDataset
 
-    real = GPT2QADataset.__getitem__
+    real = ConversationDataset.__getitem__
 
     def without_end(self, i):
         sample = real(self, i)
         sample["labels"][-1] = -100
         return sample
 
-    monkeypatch.setattr(GPT2QADataset, "__getitem__", without_end)
+    monkeypatch.setattr(ConversationDataset, "__getitem__", without_end)
     assert set(failures(diagnosis(tmp_path))) == {"labels"}
 
 

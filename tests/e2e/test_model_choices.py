@@ -39,9 +39,9 @@ def newest(run):
 
 def models_own_loss(model):
     "Mean loss over the scored tokens of the packaged validation pairs, padded, as transformers computes it."
-    from fengshen.data.task_dataloader.medicalQADataset import GPT2QADataModel
+    from fengshen.data.task_dataloader.datamodule import ConversationDataModule
 
-    data = GPT2QADataModel(valid="fengshen:qa_demo/valid.jsonl", tokenizer="fengshen:tokenizer_demo", max_length=128, packing=False)
+    data = ConversationDataModule(valid="fengshen:qa_demo/valid.jsonl", tokenizer="fengshen:tokenizer_demo", max_length=128, packing=False)
     data.setup()
     total = count = 0
     for batch in data.val_dataloader():

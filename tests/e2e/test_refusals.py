@@ -78,7 +78,7 @@ def test_a_value_of_the_wrong_type(key, value):
     ({"trainer.strategy": "zero4"}, "zero3"), ({"trainer.accelerator": "abacus"}, "abacus"),
     ({"model.loss": "fengshen.losses.crossentropy"}, "cross_entropy"),
     ({"model.metrics": {"acc": "fengshen.metric.Accuracy"}}, "fengshen.metric"), ({"loggers": ["tensorbord"]}, "tensorboard"),
-    ({"module": "fengshen.training.module.CausalLM"}, "CausalLM"), ({"trainer.precision": "half"}, "half"), ({"data.prompt": "no place"}, "answer")])
+    ({"module": "fengshen.training.module.CausalLM"}, "CausalLM"), ({"trainer.precision": "half"}, "half"), ({"data.template": "no place"}, "answer")])
 def test_a_value_out_of_range(settings, named):
     err = refused("fit", "-c", "demo", *flags(STEPS | {"run_dir": "run"} | settings))
     assert named in err

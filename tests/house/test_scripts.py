@@ -78,8 +78,8 @@ def test_slurm_gives_nodes_devices_and_the_meeting_place(tmp_path):
 
 
 def test_words_pass_through_whole_and_come_last():
-    words = dry_run("--trainer.max_epochs", "3", "--data.prompt", "问：{question} 答：{answer}", TRAIN="有 空格.jsonl", VALID="$(x).jsonl")
-    assert words[-4:] == ["--trainer.max_epochs", "3", "--data.prompt", "问：{question} 答：{answer}"]
+    words = dry_run("--trainer.max_epochs", "3", "--data.template", "问：{question} 答：{answer}", TRAIN="有 空格.jsonl", VALID="$(x).jsonl")
+    assert words[-4:] == ["--trainer.max_epochs", "3", "--data.template", "问：{question} 答：{answer}"]
     assert value(words, "--data.train") == "有 空格.jsonl" and value(words, "--data.valid") == "$(x).jsonl"
 
 

@@ -41,10 +41,10 @@ def check_equal(run, whole):
 
 
 def test_the_data_is_uneven(folder, whole):
-    from fengshen.data.task_dataloader.medicalQADataset import GPT2QADataset
+    from fengshen.data.task_dataloader.conversations import ConversationDataset
     from fengshen.tokenizer import load_tokenizer
 
-    data = GPT2QADataset(str(folder / "train.jsonl"), load_tokenizer("fengshen:tokenizer_demo"), max_length=TINY["n_positions"])
+    data = ConversationDataset(str(folder / "train.jsonl"), load_tokenizer("fengshen:tokenizer_demo"), max_length=TINY["n_positions"])
     scored = [int((sample["labels"] != -100).sum()) for sample in data]
     assert len(data) == PAIRS and PAIRS % BATCH and max(scored) >= 8 * min(scored)
     assert len(series(whole, "loss")) == STEPS and series(whole, "loss")[0] - series(whole, "loss")[-1] > 0.5

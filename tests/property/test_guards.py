@@ -81,7 +81,7 @@ def test_the_guilty_are_named_or_all_of_them(cut):
 class Samples(list):
     "Number i has i % 5 scored tokens behind the first one."
 
-    line_numbers = [3 * i + 1 for i in range(100)]
+    line, file, files = [3 * i + 1 for i in range(100)], [i % 2 for i in range(100)], ["a", "b"]
     lengths = [5] * 100
 
     def __getitem__(self, i):
@@ -105,7 +105,9 @@ def test_the_loader_names_every_sample_once_and_the_silent_ones(size, micro, acc
     assert sorted(seen) == list(range(size))
     assert set().union(*(b["unlabelled"] for b in batches)) == {i for i in range(size) if i % 5 == 0}
     assert all(b["unlabelled"] <= b["numbers"] for b in batches)
-    assert loader.lines(seen) == [3 * i + 1 for i in range(size)]
+    assert loader.lines(seen) == [f"{file}:{3 * i + 1}" for first, file in enumerate("ab") for i in range(first, size, 2)]
+    data.files = ["a"]
+    assert loader.lines([n - n % 2 for n in seen]) == [3 * i + 1 for i in range(0, size, 2)], "one file needs no name"
 
 
 @given(st.lists(st.integers(1, 10**6), max_size=30), st.integers(1, 9))

@@ -6,6 +6,8 @@
 __all__ = ['CUT_ORDER', 'exchanges', 'size', 'Long', 'shares']
 
 # %% ../../../nbs/api/data/task_dataloader/long.ipynb #6c2e5043
+from itertools import accumulate, takewhile
+
 from .encode import Encoder
 from ...utils.core import explain, patch
 
@@ -15,8 +17,9 @@ def exchanges(
 ) -> tuple:
     "(system messages, [the messages of each exchange]): an exchange begins where the user speaks after somebody else."
     head = [m for m in messages[:1] if m["role"] == "system"]
-    groups = []
-    for before, message in zip([None, *messages[len(head) :]], messages[len(head) :]):
+    answers, groups = [i for i, m in enumerate(messages) if m["role"] == "assistant"], []
+    messages = messages[len(head) : answers[-1] + 1]
+    for before, message in zip([None, *messages], messages):
         if before is None or (message["role"] == "user" and before["role"] != "user"):
             groups.append([])
         groups[-1].append(message)
@@ -133,30 +136,31 @@ def split(self: Long, conversation, turns) -> list:
 
 @patch
 def divide(self: Long, head, groups, turns, tools) -> list:
-    "Samples of some exchanges: all in one if they fit, else the most that do, and the rest in the same way."
+    "Samples of some exchanges: all in one if they fit, else as many together as do."
     if size(turns) <= self.max_length:
         return [turns]
-    if len(groups) == 1:
-        messages = head + groups[0]
-        return self.parts(self.shorten(messages, turns, max(self.max_length - len(turns[-1][1]), self.max_length // 2), tools))
-    for count in range(self.fitting(groups, turns), 0, -1):
-        first = self.encode(head + [m for group in groups[:count] for m in group], tools)
-        if size(first) <= self.max_length or count == 1:
-            break
-    rest = groups[count:]
-    rest_turns = self.encode(head + [m for group in rest for m in group], tools)
-    return self.divide(head, groups[:count], first, tools) + self.divide(head, rest, rest_turns, tools)
+    sizes, out = shares(groups, turns), []
+    while groups:
+        messages, turns, count = self.first_fitting(head, groups, sizes, tools)
+        if size(turns) > self.max_length:
+            room = max(self.max_length - len(turns[-1][1]), self.max_length // 2)
+            out += self.parts(self.shorten(messages, turns, room, tools))
+        else:
+            out.append(turns)
+        groups, sizes = groups[count:], sizes[count:]
+    return out
 
 
 @patch
-def fitting(self: Long, groups, turns) -> int:
-    "How many of the first exchanges fit by their present sizes: at least one, at most all but one."
-    total = 0
-    for count, share in enumerate(shares(groups, turns)):
-        total += share
-        if total > self.max_length:
-            return max(count, 1)
-    return len(groups) - 1
+def first_fitting(self: Long, head, groups, sizes, tools) -> tuple:
+    "(messages, turns, how many exchanges they are): the first exchanges that fit together, at least one."
+    count = max(1, sum(1 for _ in takewhile(lambda total: total <= self.max_length, accumulate(sizes))))
+    while True:
+        messages = head + [m for group in groups[:count] for m in group]
+        turns = self.encode(messages, tools)
+        if count == 1 or size(turns) <= self.max_length:
+            return messages, turns, count
+        count = max(1, min(count - 1, count * self.max_length // size(turns)))
 
 # %% ../../../nbs/api/data/task_dataloader/long.ipynb #8eafc2f2
 @patch

@@ -173,10 +173,9 @@ def fit(self: Preparation, file, number, talk, turns) -> list:
     samples = ON_LONG[what](self.long, talk, turns)
     lost = self.lost() if samples else tokens
     self.counts["lost"] += lost
-    if lost or what == "split":
-        cut = dict(file=self.sources[file].name, line=number, tokens=tokens, lost=lost, what=what if samples else "drop", text=" … ".join(self.long.gone)[:2000])
-        self.cut_file.write(json.dumps(cut, ensure_ascii=False) + "\n")
-        self.cuts = [*self.cuts, cut][:3]
+    cut = dict(file=self.sources[file].name, line=number, tokens=tokens, lost=lost, what=what if samples else "drop", text=" … ".join(self.long.gone)[:2000])
+    self.cut_file.write(json.dumps(cut, ensure_ascii=False) + "\n")
+    self.cuts = [*self.cuts, cut][:3]
     return samples
 
 

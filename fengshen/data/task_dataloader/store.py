@@ -69,7 +69,8 @@ def close(
     "Close the files and write the manifest, last: a folder without one is not finished."
     for file in self.files.values():
         file.close()
-    content = dict(manifest, samples=self.samples, tokens=self.tokens, fingerprint=self.hash.hexdigest())
+    copies = self.samples - len(np.unique(np.fromfile(self.folder / "hashes.bin", FIELDS["hashes"])))
+    content = dict(manifest, samples=self.samples, tokens=self.tokens, duplicates=copies, fingerprint=self.hash.hexdigest())
     (self.folder / "manifest.json").write_text(json.dumps(content, ensure_ascii=False, indent=1), "utf-8")
 
 # %% ../../../nbs/api/data/task_dataloader/store.ipynb #43a25c17
@@ -122,7 +123,8 @@ def prepared(
     with FileLock(root / f"{key}.lock"):
         if is_whole(root / key):
             return root / key, True
-        shutil.rmtree(root / key, ignore_errors=True)
+        for old in (root / key, *root.glob(f"{key}-*")):  # damaged, or left by a process that was killed
+            shutil.rmtree(old, ignore_errors=True)
         return built(tempfile.mkdtemp(dir=root, prefix=f"{key}-"), build).rename(root / key), False
 
 

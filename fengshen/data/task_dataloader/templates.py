@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 from .formats import BadLine
-from ...utils.core import explain, patch, pick, say
+from ...utils.core import explain, nearest, patch, say
 from ...utils.resources import resource
 
 # %% ../../../nbs/api/data/task_dataloader/templates.ipynb #e74a127a
@@ -273,7 +273,10 @@ def find_template(
         return TableTemplate(asked, line_table(asked), tokenizer), "asked for"
     if asked.endswith(".jinja"):
         return JinjaTemplate(Path(asked).name, resource(asked).read_text("utf-8"), tokenizer), "asked for"
-    return TableTemplate(asked, pick("template", asked, TABLES), tokenizer), "asked for"
+    if asked not in TABLES:
+        expected, close = f"one of {', '.join(TABLES)}, a line with {{question}} that ends with {{answer}}, or a .jinja file", nearest(asked, TABLES)
+        raise ValueError(explain("unknown template", asked, expected, f"did you mean {close!r}?" if close else "set data.template to one of these"))
+    return TableTemplate(asked, TABLES[asked], tokenizer), "asked for"
 
 # %% ../../../nbs/api/data/task_dataloader/templates.ipynb #4b57b2c5
 def get_template(
