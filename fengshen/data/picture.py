@@ -24,7 +24,7 @@ from ..utils.charts import Frame, grid, marks, placer, svg
 # %% ../../nbs/api/data/picture.ipynb #159fe8a9
 ENGLISH = dict(
     sample="sample", of="of", line="line", tokens="tokens", scored="scored", cut="cut", piece="a piece of a longer one", text="text", context="not scored",
-    special="special", row="row", shares="shares its row with", full="full", alone="has its row to itself", lost="tokens lost", truncate="cut off",
+    special="special", row="row", shares="shares its row with", full="full", alone="alone in it", lost="tokens lost", truncate="cut off",
     drop="left out", split="split", same="the same tokens as", length="tokens of a sample", samples="samples", nothing="no further sample passes the filters",
     stopped="not found yet; looked up to sample", shown="tokens shown", position="position", id="id", bytes="bytes", filters="filters", cuts="what was cut",
     lengths="lengths", pack="packed row", duplicates="duplicates",

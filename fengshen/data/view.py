@@ -62,6 +62,11 @@ class View:
         return hashes[counts > 1], counts[counts > 1]
 
     @cached_property
+    def table(self) -> np.ndarray:
+        "The bytes of every token of the vocabulary, for the first search of a text."
+        return np.array([self.pieces[i] for i in range(len(self.dataset.tokenizer))], object)
+
+    @cached_property
     def cut_at(self) -> dict:
         "{(file, line): what was cut there}."
         table = {}
@@ -112,7 +117,7 @@ def passing(self: View, a, b) -> np.ndarray:
 @patch
 def has_text(self: View, i, text) -> bool:
     "Whether the text of sample i contains a text, given as bytes."
-    return text in b"".join(map(self.pieces.__getitem__, self.ids(i).tolist()))
+    return text in b"".join(self.table[self.ids(i)])
 
 
 @patch
