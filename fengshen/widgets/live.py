@@ -17,13 +17,13 @@ from ..utils.core import need, patch, pick
 
 # %% ../../nbs/api/widgets/live.ipynb #1679091c
 ENGLISH = dict(
-    step="step", loss="loss", lr="learning rate", tokens_per_second="tokens/s", memory_gib="memory", eta_seconds="time left",
+    step="step", loss="loss", lr="learning rate", tokens_per_second="tokens/s", memory_gib="memory", fill="fill", eta_seconds="time left",
     pause="Pause", resume="Resume", stop="Stop", new_lr="on resume, learning rate", unchanged="unchanged", train="train", valid="valid",
     waiting="waiting for the first step", running="training", paused="paused", stopping="stopping after this step", finished="finished",
     stopped="stopped", ended="ended early", command="the same from the command line", curve="loss per labelled token (nats)",
 )
 CHINESE = dict(
-    step="步数", loss="损失", lr="学习率", tokens_per_second="词元/秒", memory_gib="显存/内存", eta_seconds="剩余时间",
+    step="步数", loss="损失", lr="学习率", tokens_per_second="词元/秒", memory_gib="显存/内存", fill="填充率", eta_seconds="剩余时间",
     pause="暂停", resume="继续", stop="停止", new_lr="继续时的学习率", unchanged="不变", train="训练", valid="验证",
     waiting="等待第一步", running="训练中", paused="已暂停", stopping="本步之后停止", finished="已完成",
     stopped="已停止", ended="提前结束", command="等价的命令行", curve="每个标签词元的损失（nat）",
@@ -36,6 +36,7 @@ FIGURES = dict(
     lr=lambda v: f"{v:.2e}",
     tokens_per_second=number_text,
     memory_gib=lambda v: f"{v:.1f} GiB",
+    fill="{:.1%}".format,
     eta_seconds=duration,
 )
 
