@@ -117,8 +117,8 @@ def bad_line(self: ConversationDataset) -> str:
 @patch
 def odd_lines(self: ConversationDataset) -> list:
     "What else one should know: duplicates, samples with nothing to learn, text that the tokenizer changes."
-    r, copies = self.report, len(self) - len(np.unique(self.hashes))
-    out = [f"  {copies:,} samples ({copies / len(self):.1%}) are exact copies of others"] if copies else []
+    r = self.report
+    out = [f"  {r['duplicates']:,} samples ({r['duplicates'] / len(self):.1%}) are exact copies of others"] if r["duplicates"] else []
     out += [f"  {r['empty']:,} samples had nothing left to learn and were left out"] if r["empty"] else []
     out += [f"  {r['unknown']:,} tokens ({r['unknown'] / r['tokens']:.2%}) are unknown to the tokenizer"] if r["unknown"] else []
     if r["changed"]:

@@ -6,6 +6,8 @@
 __all__ = ['LONGEST', 'BLOCK', 'FEW', 'ConversationDataModule']
 
 # %% ../../../nbs/api/data/task_dataloader/datamodule.ipynb #75ba9421
+import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -201,3 +203,18 @@ def report(self: ConversationDataModule) -> dict:
     if "train" in out:
         out["train"]["steps_per_epoch"] = self.train_dataloader().sampler.steps_per_epoch
     return out
+
+
+@patch
+def write_report(
+    self: ConversationDataModule,
+    folder,  # A run's folder
+):
+    "Write `data.json`, and beside it every line that was skipped and every text that was cut, as JSONL."
+    (Path(folder) / "data.json").write_text(json.dumps(self.report(), ensure_ascii=False, indent=1), "utf-8")
+    for split in self.report():
+        for name in ("skipped", "cuts"):
+            source = self.sets[split].folder / f"{name}.jsonl"
+            if source.exists() and source.stat().st_size:
+                shutil.copyfile(source, Path(folder) / f"{split}_{name}.jsonl")
+
