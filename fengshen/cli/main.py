@@ -67,6 +67,25 @@ def _export(args):
     export(**vars(parser.parse_args(args)))
 
 
+def _chat(args):
+    parser = argparse.ArgumentParser("fengshen chat", description="Talk to a model, with the template it was trained with.")
+    parser.add_argument("folder", help="an exported folder, any Hugging Face folder, or a hub id")
+    parser.add_argument("--system", help="system prompt")
+    parser.add_argument("--template", help="yuyuan, ziya, chatml, llama3, plain, a line with {question} and {answer}, or a .jinja file; without it the folder's own")
+    parser.add_argument("--message", action="append", help="say this, print the answer and end; several are one conversation")
+    parser.add_argument("--max_new_tokens", type=int, default=512, help="longest answer, in tokens")
+    parser.add_argument("--top_p", type=float, default=None, help="sample from the most likely tokens of this total probability; without it the answer is greedy")
+    parser.add_argument("--seed", type=int, default=42, help="seed of the sampling")
+    options = vars(parser.parse_args(args))
+    from fengshen.pipelines.chat import Chat, converse
+
+    messages, chat = options.pop("message"), Chat(options.pop("folder"), **options)
+    for text in messages or []:
+        print(chat.answer(text))
+    if not messages:
+        converse(chat)
+
+
 def _generate(args):
     parser = argparse.ArgumentParser("fengshen generate", description="Continue prompts with a Hugging Face folder.")
     parser.add_argument("folder", help="an exported folder, any Hugging Face folder, or a hub id")
@@ -110,6 +129,7 @@ VERBS = dict(
     data=(_data, "look at samples, tokens and mask, or print the report: fengshen data show -c demo --find TEXT"),
     validate=(_validate, "loss, perplexity and sampled answers of a model: fengshen validate -c demo --model.path FOLDER"),
     generate=(_generate, "continue prompts: fengshen generate FOLDER --prompt TEXT"),
+    chat=(_chat, "talk to a model with the template it was trained with: fengshen chat FOLDER"),
     export=(_export, "write any checkpoint as a Hugging Face folder: fengshen export RUN"),
     recipes=(_recipes, "ls, cat, cp, check: the recipes that ship with the package"),
 )
