@@ -103,9 +103,8 @@ def samples_text(
 
 def overview(view, width) -> str:
     "Lengths and duplicates, as text."
-    twice, w = view.duplicates(), picture.WORDS[view.language]
-    lines = [f"{g['count']:,} × {w['sample']} {', '.join(map(str, g['samples']))}" for g in twice["largest"]]
-    return "\n".join([w["length"], picture.bars_text(*view.histogram(), width=width - 40), "", f"{w['duplicates']}: {twice['extra']:,}", *lines])
+    w = picture.WORDS[view.language]
+    return "\n".join([w["length"], picture.bars_text(*view.histogram(), width=width - 40), "", *picture.duplicate_lines(view.duplicates(), w)])
 
 # %% ../../nbs/api/cli/data.ipynb #2a115d98
 def show(

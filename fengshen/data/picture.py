@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ENGLISH', 'CHINESE', 'WORDS', 'MARGIN', 'CONTROL', 'STYLE', 'SHOWN', 'token_list', 'token', 'visible', 'stretches',
            'span', 'text_html', 'in_view', 'chip', 'chips_html', 'row_html', 'row_text', 'cut_lines', 'cuts_html',
-           'bars_svg', 'bars_text', 'colored', 'token_line', 'render', 'page_html']
+           'duplicate_lines', 'bars_svg', 'bars_text', 'colored', 'token_line', 'render', 'page_html']
 
 # %% ../../nbs/api/data/picture.ipynb #9ce66a23
 import html
@@ -93,7 +93,7 @@ STYLE = f"""<style>
 .fs-view .fs-group .fs-chip {{font-size:10px; line-height:1.5; font-family:monospace}}
 .fs-view .fs-scored {{{COLOURS["scored"]}}} .fs-view .fs-special {{border:1px dashed #b4559f; border-radius:4px}}
 .fs-view .fs-note, .fs-view .fs-at {{opacity:.65}} .fs-view .fs-at {{font-size:10px; margin:0 2px 0 6px}}
-.fs-view .fs-row {{display:flex; width:100%; height:22px; border:1px solid rgba(128,128,128,.6)}} .fs-view .fs-row span {{overflow:hidden; white-space:nowrap; font-size:11px;
+.fs-view .fs-row {{display:flex; box-sizing:border-box; width:100%; height:22px; border:1px solid rgba(128,128,128,.6)}} .fs-view .fs-row span {{overflow:hidden; white-space:nowrap; font-size:11px;
  line-height:22px; text-align:center; border-right:1px solid rgba(128,128,128,.6)}} .fs-view .fs-row .fs-here {{background:{LINES[0]}; color:#fff}}
 .fs-view .fs-sides {{display:grid; grid-template-columns:repeat(auto-fit,minmax(18em,1fr)); gap:0 1.5em}}
 </style>"""
@@ -180,6 +180,15 @@ def cuts_html(cuts, words=ENGLISH) -> str:
     return "".join(f'<div>{html.escape(head)}</div><div class="fs-text fs-note">{html.escape(text)}</div>' for head, text in cut_lines(cuts, words))
 
 # %% ../../nbs/api/data/picture.ipynb #9160cfa3
+def duplicate_lines(
+    found,  # dict(groups, extra, largest=[dict(count, samples)])
+    words=ENGLISH,  # Or `CHINESE`
+) -> list:
+    "How many samples repeat another, then a line for each of the largest groups."
+    groups = [f"{g['count']:,} × {words['sample']} {', '.join(map(str, g['samples']))}{' …' if g['count'] > len(g['samples']) else ''}" for g in found["largest"]]
+    return [f"{words['duplicates']}: {found['extra']:,}", *groups]
+
+# %% ../../nbs/api/data/picture.ipynb #7e04fe7e
 def bars_svg(
     edges,  # n + 1 ascending lengths
     counts,  # n numbers of samples
@@ -201,7 +210,7 @@ def bars_text(edges, counts, width=48) -> str:
     most, wide = max([*counts, 1]), len(f"{edges[-1]:,}")
     return "\n".join(f"{a:{wide},}–{b - 1:<{wide},} {'█' * (n * width // most) or '▏' * (n > 0)} {n:,}" for a, b, n in zip(edges, edges[1:], counts))
 
-# %% ../../nbs/api/data/picture.ipynb #01812b71
+# %% ../../nbs/api/data/picture.ipynb #7f166379
 def colored(
     tokens,  # From `token_list`
     colour,  # False: brackets in place of colours
@@ -235,7 +244,7 @@ def render(
         console.print(part)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
-# %% ../../nbs/api/data/picture.ipynb #7f166379
+# %% ../../nbs/api/data/picture.ipynb #977718e6
 def page_html(
     title,  # The page's title
     body,  # HTML

@@ -442,9 +442,9 @@ def to_html(
         hits += [hit] if hit is not None else []
         if len(hits) == count:
             break
-    same = ", ".join(f"{group['count']} × {group['samples'][0]}" for group in self.duplicates()["largest"])
+    twice = "".join(f"<div>{escape(line)}</div>" for line in picture.duplicate_lines(self.duplicates(), w))
     head = [f"<h1>{escape(', '.join(Path(str(f)).name for f in self.dataset.files[:5]))}</h1>", picture.bars_svg(*self.histogram(), w)]
-    head += [f"<p>{w['duplicates']}: {same or '–'}</p>", f"<p><code>{escape(self.command())}</code></p>"]
+    head += [twice, f"<p><code>{escape(self.command())}</code></p>"]
     body = "<hr>".join(self.go(i).html() for i in hits or [self.at])
     self.at, self.start = kept
     path = Path(path)

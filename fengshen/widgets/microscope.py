@@ -17,13 +17,13 @@ ENGLISH = dict(
     previous="Previous", next="Next", search="Search", go_on="Search on", compare="Compare", overview="All samples", sample="sample", text="text", longer="longer than",
     shorter="shorter than", loss_at_most="scored share at most", line="line", file="file", cut="cut", duplicates="duplicates", any="any", tokenizer="tokenizer",
     template="template", earlier="Earlier tokens", later="Later tokens", reached="looked up to", of="of", same="the same in Python and on the command line",
-    groups="groups of equal samples", extra="could be left out", folder="a folder or hub id", name="the name of a template", lost="cut or left out, the first:",
+    folder="a folder or hub id", name="the name of a template", lost="cut or left out, the first:",
 )
 CHINESE = dict(
     previous="上一个", next="下一个", search="搜索", go_on="继续搜索", compare="对比", overview="全部样本", sample="样本", text="文本", longer="长于",
     shorter="短于", loss_at_most="计损失占比至多", line="行", file="文件", cut="被截断", duplicates="重复", any="不限", tokenizer="分词器",
     template="模板", earlier="前面的词元", later="后面的词元", reached="已查到", of="/", same="等价的 Python 与命令行",
-    groups="组相同的样本", extra="个可以去掉", folder="文件夹或模型名", name="模板名", lost="被截断或丢弃的（前几个）：",
+    folder="文件夹或模型名", name="模板名", lost="被截断或丢弃的（前几个）：",
 )
 WORDS = dict(en=ENGLISH, zh=CHINESE)
 
@@ -169,12 +169,10 @@ def toggle_overview(self: Microscope):
     if self.overview.value:
         self.overview.value = ""
         return
-    w, found = self.words, self.view.duplicates()
-    rows = "".join(f"<li>{group['count']:,} × {w['sample']} {', '.join(map(str, group['samples']))}</li>" for group in found["largest"])
-    chart = picture.bars_svg(*self.view.histogram(), picture.WORDS[self.view.language])
-    lost = self.view.dataset.cuts()[:5]
-    gone = f"<div>{w['lost']}</div>{picture.cuts_html(lost, picture.WORDS[self.view.language])}" if lost else ""
-    self.overview.value = picture.in_view(f"{chart}<div>{found['groups']:,} {w['groups']}, {found['extra']:,} {w['extra']}</div><ul>{rows}</ul>{gone}")
+    w, view = picture.WORDS[self.view.language], self.view
+    twice, lost = picture.duplicate_lines(view.duplicates(), w), view.dataset.cuts()[:5]
+    gone = f"<div>{self.words['lost']}</div>{picture.cuts_html(lost, w)}" if lost else ""
+    self.overview.value = picture.in_view(picture.bars_svg(*view.histogram(), w) + "".join(f"<div>{escape(line)}</div>" for line in twice) + gone)
 
 # %% ../../nbs/api/widgets/microscope.ipynb #140ee7c7
 @patch

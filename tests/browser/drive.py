@@ -47,12 +47,17 @@ def set_theme(folder, theme):
 def use(page, folder, theme):
     "Run the notebook and click; each step waits for what it should bring."
     box = page.locator(".fs-microscope").first
-    shows = lambda text: box.locator(".fs-view", has_text=text).first.wait_for(timeout=20000)
-    button = lambda name: box.get_by_role("button", name=re.compile(f"{name}$"))  # an icon is a letter before it
+
+    def shows(text):
+        box.locator(".fs-view", has_text=text).first.wait_for(timeout=20000)
+
+    def button(name):
+        return box.get_by_role("button", name=re.compile(f"{name}$"))  # an icon is a letter before it
+
     box.wait_for(timeout=120000)
     shows("sample 0 of")
     button("Next").click()
-    shows("sample 1 of")
+    shows("shares its row with")
     field = box.get_by_label("text", exact=True)
     field.fill("糖尿病")
     field.press("Enter")
@@ -92,6 +97,10 @@ def main(folder):
             page.get_by_role("menuitem", name="Run", exact=True).click()
             page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
             use(page, folder, theme)
+            alone = browser.new_page(viewport=dict(width=700, height=1000), color_scheme=theme, java_script_enabled=False)
+            alone.goto((folder / "page.html").as_uri())
+            alone.locator(".fs-row").first.wait_for(timeout=20000)
+            alone.screenshot(path=str(folder / f"{theme}_page.png"))
         browser.close()
 
 

@@ -10,11 +10,12 @@ import pytest
 
 PYTHON = os.environ.get("FENGSHEN_BROWSER", sys.executable)  # the Python that has jupyterlab and playwright
 NEEDED = "import jupyterlab, playwright"
-CELL = """from fengshen.data.task_dataloader.conversations import ConversationDataset
-from fengshen.tokenizer import load_tokenizer
+CELL = """from fengshen.data.task_dataloader.datamodule import ConversationDataModule
 from fengshen.widgets import Microscope
-data = ConversationDataset("qa.jsonl", load_tokenizer("fengshen:tokenizer_demo"), max_length=64, on_long="truncate")
-Microscope(data)"""
+data = ConversationDataModule("qa.jsonl", tokenizer="fengshen:tokenizer_demo", max_length=64, on_long="truncate")
+microscope = Microscope(data)
+microscope.view.to_html("page.html")
+microscope"""
 
 
 @pytest.fixture
