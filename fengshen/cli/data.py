@@ -44,7 +44,7 @@ def data_module(
 
 # %% ../../nbs/api/cli/data.ipynb #fc418dfd
 NUMBERS = dict(
-    sample=(int, "show the sample of this number, from 0"), start=(int, "show its tokens from this position on"), count=(int, "show so many samples (1)"),
+    sample=(int, "show the sample of this number, from 0"), start=(int, "show its tokens from this position on; -50: the last fifty"), count=(int, "show so many samples (1)"),
     longer=(int, "samples with more tokens"), shorter=(int, "samples with fewer tokens"), line=(int, "samples from this line of the file"),
     loss_at_most=(float, "samples of which at most this share is scored: 0 finds those with nothing to learn"),
 )

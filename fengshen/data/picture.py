@@ -220,7 +220,8 @@ def colored(
     for scored, parts in groupby(stretches(tokens), key=lambda part: part[0].endswith("scored")):
         out.append("⟦" if scored and not colour else "")
         for kind, text in parts:
-            out.append(text, style=" ".join(["black on green" if scored else ""] + ["bold magenta"] * kind.startswith("special")).strip())
+            special = kind.startswith("special")
+            out.append(text, style=("bold " * special + "black on green") if scored else "bold magenta" * special)
         out.append("⟧" if scored and not colour else "")
     return out
 

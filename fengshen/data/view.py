@@ -207,12 +207,13 @@ def previous(self: View, **how) -> View:
 def go(
     self: View,
     sample,  # Its number, from 0
-    start=0,  # First token shown
+    start=0,  # First token shown; below 0 it counts from the end: -50 shows the last fifty
 ) -> View:
     "Go to a sample, whether it passes the filters or not."
     if not 0 <= sample < len(self):
         raise ValueError(explain("no such sample", sample, f"a number from 0 to {len(self) - 1:,}", f"the {self.split} data has {len(self):,} samples"))
-    self.at, self.start, self.found, self.stopped = int(sample), int(start), None, None
+    self.at, self.start = int(sample), int(start if start >= 0 else max(0, self.dataset.lengths[sample] + start))
+    self.found, self.stopped = None, None
     return self
 
 # %% ../../nbs/api/data/view.ipynb #43141403
