@@ -259,11 +259,11 @@ def file_key(path) -> str:
 
 def remembered_key(
     path,  # A file
-    memo,  # JSON file of {path: [size, mtime_ns, inode, key]}
+    memo,  # JSON file of {path: [size, mtime_ns, ctime_ns, inode, key]}
 ) -> str:
-    "`file_key`, read from the memo where size, time and inode are as they were."
+    "`file_key`, read from the memo where size, times and inode are as they were."
     path, stat = path.resolve(), path.stat()
-    state = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+    state = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]  # the second time is not anybody's to set
     known = attempt(parse_line, memo.read_bytes()) if memo.exists() else {}  # a damaged memo is no memo
     known = known if isinstance(known, dict) else {}
     if known.get(str(path), [None])[:-1] == state:

@@ -107,7 +107,7 @@ def is_whole(folder) -> bool:
     "Whether a folder of arrays can be opened."
     try:
         open_arrays(folder)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return False
     return True
 
