@@ -22,7 +22,7 @@ AGAIN = "read from the cache"
 
 
 def lines(count, mark=""):
-    return "".join(json.dumps(dict(question=f"第{i}问{mark}", answer="答" * (i % 50 + 1))) + "\n" for i in range(count))
+    return "".join(json.dumps(dict(question=f"第{i}问{mark}", answer="答" * (i % 50 + 1)), ensure_ascii=False) + "\n" for i in range(count))
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def path(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_text(lines(50))
+    path.write_text(lines(50), "utf-8")
     return path
 
 
@@ -64,7 +64,7 @@ def test_whatever_changes_the_arrays_changes_the_key(cache, path, tmp_path):
     packed = tmp_path / "a.txt"
     packed.write_bytes(path.read_bytes())
     changed = tmp_path / "b.jsonl"
-    changed.write_text(lines(50).replace("第9问", "第8问"))
+    changed.write_text(lines(50).replace("第9问", "第8问"), "utf-8")
     keys = [
         key(path), key(path, template="ziya"), key(path, template="{question}|{answer}"), key(path, more), key(path, other), key(packed), key(changed),
         *(key(path, **{name: value}) for name, value in dict(
@@ -77,12 +77,12 @@ def test_the_key_follows_the_content_and_not_the_clock(cache, path):
     before = key(path)
     os.utime(path, (1, 1))
     assert key(path) == before
-    content = path.read_text()
+    content = path.read_text("utf-8")
     time.sleep(0.05)  # a tick of the file system's clock
-    path.write_text(content.replace("第9问", "第8问"))
+    path.write_text(content.replace("第9问", "第8问"), "utf-8")
     os.utime(path, (1, 1))
     assert key(path) != before, "as long as before, and of the same time"
-    path.write_text(content)
+    path.write_text(content, "utf-8")
     assert key(path) == before
     (cache / "content_keys.json").write_text('{"half')
     assert key(path) == before
@@ -116,7 +116,7 @@ def test_what_is_damaged_is_built_again(cache, path, capsys, name, damage):
 
 
 def test_a_refusal_leaves_nothing(cache, path):
-    path.write_text(lines(50) + "nothing\n")
+    path.write_text(lines(50) + "nothing\n", "utf-8")
     with pytest.raises(ValueError, match="line 51"):
         ConversationDataset(path, TOKENIZER)
     with pytest.raises(ValueError, match="longer than max_length"):
