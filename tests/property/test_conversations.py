@@ -184,7 +184,9 @@ def test_a_truncated_chat_is_the_end_of_it(talk, max_length):
             return
     system, question, answer, end = WORDS.fullmatch(text).groups()
     assert turns[-2]["content"].endswith(question) and turns[-1]["content"].startswith(answer) and (system is not None) == bool(head)
-    assert not head or (system == head[0]["content"] if question else head[0]["content"].endswith(system)), "the system's text is cut last"
+    assert not head or head[0]["content"].endswith(system)
+    cut = [len(now) for now, whole in ((system or "", head[0]["content"] if head else ""), (question, turns[-2]["content"])) if now != whole]
+    assert all(n >= min(len(system or ""), len(question)) // 2 for n in cut), "the longest loses first"
     assert (answer == turns[-1]["content"]) if end else dataset.lengths[0] > max_length - 4
 
 
@@ -218,6 +220,16 @@ def test_whatever_is_too_long_fits_afterwards(talks, max_length, loss_on):
             assert len(learned(dataset)) <= len(learned(whole))
         if loss_on == "last" and what == "truncate":
             assert len(dataset) <= len(whole)
+
+
+@given(st.text("头疼怎么办", min_size=1, max_size=10), st.text("多休息。\n😀", min_size=100, max_size=300), st.integers(200, 260))
+@settings(max_examples=20)
+def test_a_tool_call_is_learned_once_however_long_the_answer_is(question, answer, max_length):
+    call = dict(type="function", function=dict(name="查", arguments={"词": question}))
+    talk = [dict(role="user", content=question), dict(role="assistant", content="", tool_calls=[call]), dict(role="tool", content="见下"), dict(role="assistant", content=answer)]
+    whole, parts = (ConversationDataset([dict(messages=talk)], CHAT, n, CHATML, on_long="split") for n in (10**6, max_length))
+    assert learned(parts) == learned(whole) and parts.lengths.max() <= max_length
+    assert all(CHAT.decode(parts[i]["input_ids"]).startswith(CHAT.decode(whole[0]["input_ids"])[:60]) for i in range(len(parts))), "each part has the call before it"
 
 
 def test_a_thousand_turns_are_divided():
