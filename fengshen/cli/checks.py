@@ -382,7 +382,7 @@ def context(case) -> Finding:
 
     check_context(case.config, case.data.max_length)
     limit = getattr(case.config, "max_position_embeddings", None)
-    rows = f"{case.data.micro_batch} {'packed' if case.data.packing else 'padded'} rows of {case.data.max_length:,} tokens"
+    rows = f"{case.data.micro_batch} {'packed' if case.data.packing else 'padded'} rows of {case.data.row_length:,} tokens"
     return Finding("ok", f"{rows}, a context of {limit:,}" if limit else f"{rows}, a context without limit")
 
 
@@ -451,7 +451,7 @@ def settings_of(case) -> dict:
     strategy = trainer.strategy if hasattr(trainer.strategy, "zero") else strategy_name(case)
     stage3 = getattr(trainer.strategy, "zero", {}).get("stage") == 3
     compiled = module.compile_asked if module.compile_asked is not None else not on_cpu(case) and case.data.packing and not stage3
-    return dict(config=config, strategy=strategy, micro_batch=case.data.micro_batch, length=case.data.max_length, processes=trainer.world_size, nodes=trainer.num_nodes,
+    return dict(config=config, strategy=strategy, micro_batch=case.data.micro_batch, length=case.data.row_length, processes=trainer.world_size, nodes=trainer.num_nodes,
                 precision=str(trainer.precision), attention=case.attention, checkpointing=module.gradient_checkpointing, compiled=compiled, lora=module.lora,
                 chunk=2048 if not case.has("plain_head") or case.plain_head else None)
 

@@ -78,7 +78,7 @@ def smaller(
         "run_dir": str(folder / "run"), "overwrite": False, "resume": "never", "ckpt_path": None, "export": False, "loggers": [],
         "model.path": None, "model.config": str(folder / "config.json"), "model.compile": False, "model.samples": 0,
         "model.optimizer.kind": "auto", "model.schedule.kind": "constant", **{f"model.schedule.{key}": value for key, value in SCHEDULE.items()},
-        "data.tokenizer": str(folder / "tokenizer"), "data.max_length": length, "data.micro_batch": min(ROWS, case.data.micro_batch), "data.limit_train": PAIRS, "data.valid": None,
+        "data.tokenizer": str(folder / "tokenizer"), "data.max_length": length, "data.row_length": None, "data.micro_batch": min(ROWS, case.data.micro_batch), "data.limit_train": PAIRS, "data.valid": None,
         "data.on_bad_line": "skip", "data.on_long": "truncate" if on_long in ("error", "drop") else on_long,
         "trainer.strategy": "auto", "trainer.devices": 1, "trainer.num_nodes": 1, "trainer.max_steps": 1, "trainer.max_time": None, "trainer.accumulate_grad_batches": 1, "trainer.log_every_n_steps": 1,
         "trainer.limit_val_batches": 0, "trainer.val_check_interval": None, "trainer.check_val_every_n_epoch": 1,

@@ -13,7 +13,7 @@ import math
 import numpy as np
 import torch
 
-from .batch import Batch, boundaries, empty_batch, finish
+from .batch import Batch, boundaries, finish
 from ..utils.core import explain, patch
 
 # %% ../../nbs/api/data/packing.ipynb #cdc3317f
@@ -227,10 +227,10 @@ def pack_rows(
     capacity,  # Tokens of a row
     pad_id,  # Id that fills the end of a row; any valid id
     tokenizer=None,  # For the picture only
+    longest=None,  # Positions the model has, where rows are longer: padding stays below; None: the capacity
 ) -> Batch:
-    "A packed batch: [rows, capacity] ids, labels and positions, and the documents' boundaries; no rows give an empty batch."
-    if not len(rows):
-        return empty_batch(pad_id, capacity, packed=True, tokenizer=tokenizer)
+    "A packed batch: [rows, capacity] ids, labels and positions, and the documents' boundaries; no rows give one row of padding."
+    rows = rows if len(rows) else [[]]
     ids, labels = np.full((len(rows), capacity), pad_id, np.int64), np.full((len(rows), capacity), -100, np.int64)
     lengths = [row_lengths(row, capacity) for row in rows]
     for row, samples in enumerate(rows):
@@ -240,7 +240,7 @@ def pack_rows(
             ids[row, a:b], labels[row, a:b] = sample["input_ids"], sample["labels"]
         labels[row, starts] = -100
     flat = np.concatenate(lengths)
-    arrays = dict(input_ids=ids, labels=labels, position_ids=positions(flat).reshape(ids.shape))
+    arrays = dict(input_ids=ids, labels=labels, position_ids=np.minimum(positions(flat).reshape(ids.shape), (longest or capacity) - 1))
     batch = Batch({k: torch.from_numpy(v) for k, v in arrays.items()}, cu_seq_lens=boundaries(flat, ids.size), max_seq_len=capacity)
     return finish(batch, sum(len(s["input_ids"]) for row in rows for s in row), tokenizer)
 

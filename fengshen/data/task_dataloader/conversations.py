@@ -101,7 +101,7 @@ def long_line(self: ConversationDataset) -> str:
     r = self.report
     if not r["long"]:
         return ""
-    shown = "".join(f"\n    {c['file']}, {c['line']}: {c['tokens']:,} tokens, {c['lost']:,} lost: {c['text'][:60]!r}" for c in r["cuts"])
+    shown = "".join(f"\n    {c['file'] + ', ' if len(self.files) > 1 else ''}line {c['line']}: {c['tokens']:,} tokens, {c['lost']:,} lost: {c['text'][:60]!r}" for c in r["cuts"])
     return f"  {r['long']:,} ({r['long'] / r['conversations']:.1%}) over {r['max_length']:,} tokens were {DONE[r['on_long']]}; {r['lost']:,} tokens are lost{shown}"
 
 

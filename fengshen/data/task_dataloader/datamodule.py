@@ -38,6 +38,7 @@ class ConversationDataModule(LightningDataModule):
         on_long: str = "error",  # A conversation over max_length: "error", "drop", "truncate" or "split"
         on_bad_line: str = "error",  # A line that is no conversation: "error" or "skip"
         packing: bool = True,  # Several conversations in a row, without attention between them; False pads each
+        row_length: int | None = None,  # Tokens of a packed row: longer rows are fuller, 4 x max_length is above 99% on most data; None: max_length
         micro_batch: int = 8,  # Rows that one process computes at once: lower it when memory runs out
         valid_micro_batch: int | None = None,  # The same for validation; None: micro_batch
         seed: int = 42,  # The order of every epoch follows from it
@@ -47,7 +48,7 @@ class ConversationDataModule(LightningDataModule):
         super().__init__()
         self.train, self.valid, self.tokenizer, self.max_length, self.asked = train, valid, tokenizer, max_length, template
         self.settings = dict(shape=shape, loss_on=loss_on, on_long=on_long, on_bad_line=on_bad_line)
-        self.packing, self.seed = packing, seed
+        self.packing, self.asked_row, self.seed = packing, row_length, seed
         self.micro_batch, self.valid_micro_batch = micro_batch, valid_micro_batch or micro_batch
         self.limits = dict(train=limit_train, valid=limit_valid)
         self.sets, self.template = {}, None
@@ -71,6 +72,17 @@ def load(self: ConversationDataModule):
         self.tokenizer.chat_template = self.template.jinja
     self.choose_length(getattr(module, "context", None))
     return self.tokenizer
+
+
+def _row_length(self) -> int:
+    if not self.packing or self.asked_row is None:
+        return self.max_length
+    if self.asked_row < self.max_length:
+        raise ValueError(explain("packed rows are shorter than the longest sample", self.asked_row, f"at least max_length, {self.max_length}", "raise data.row_length"))
+    return self.asked_row
+
+
+ConversationDataModule.row_length = property(_row_length, doc="Tokens of a row, when packed; the longest sample otherwise.")
 
 
 @patch
@@ -103,9 +115,9 @@ def setup(self: ConversationDataModule, stage=None):
         self.load()
         self.sets[split] = found = self.dataset(source, limit=self.limits[split])
         if self.packing:
-            self.sets[split + "_rows"] = rows = PackedDataset(found, self.max_length)
+            self.sets[split + "_rows"] = rows = PackedDataset(found, self.row_length)
             padded = found.report["tokens"] / (len(found) * int(found.lengths.max()))
-            say(f"  packed into {len(rows):,} rows of {self.max_length:,} tokens, {rows.fill:.1%} full (one sample a row, padded to the longest: {padded:.1%})")
+            say(f"  packed into {len(rows):,} rows of {self.row_length:,} tokens, {rows.fill:.1%} full (one sample a row, padded to the longest: {padded:.1%})")
 
 
 @patch
@@ -133,7 +145,7 @@ def collate(self: ConversationDataModule, samples, rows=1):
     tokenizer = self.tokenizer
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     if self.packing:
-        return pack_rows(list(samples) + [[]] * (rows - len(samples)), self.max_length, pad, tokenizer)
+        return pack_rows(list(samples) + [[]] * (rows - len(samples)), self.row_length, pad, tokenizer, self.max_length)
     return pad_rows(samples, pad, tokenizer)
 
 # %% ../../../nbs/api/data/task_dataloader/datamodule.ipynb #9c256db3
