@@ -163,12 +163,12 @@ def test_the_price_that_error_names_is_the_one_that_is_paid():
     assert str(refusal.value).count("record 5: ") == 1 and f"{drop.report['lengths']['longest']}" in price.string
 
 
-SAID = st.text("头疼怎么办多休息少看手机。\n😀ab ", max_size=60)
+SAID = st.builds(lambda text, times: text * times, st.text("头疼怎么办多休息少看手机。\n😀ab ", max_size=12), st.integers(1, 12))
 chats = conversations(st.builds(lambda q, a: [dict(role="user", content=q), dict(role="assistant", content=a)], SAID, SAID), SAID)
 WORDS = re.compile(r"(?:<\|im_start\|>system\n([^<]*)<\|im_end\|>\n)?<\|im_start\|>user\n([^<]*)<\|im_end\|>\n<\|im_start\|>assistant\n([^<]*)(<\|im_end\|>)?")
 
 
-@given(chats, st.integers(80, 300))
+@given(chats, st.integers(80, 200))
 @settings(max_examples=40)
 def test_a_truncated_chat_is_the_end_of_it(talk, max_length):
     try:
@@ -229,7 +229,7 @@ def test_a_tool_call_is_learned_once_however_long_the_answer_is(question, answer
     talk = [dict(role="user", content=question), dict(role="assistant", content="", tool_calls=[call]), dict(role="tool", content="见下"), dict(role="assistant", content=answer)]
     whole, parts = (ConversationDataset([dict(messages=talk)], CHAT, n, CHATML, on_long="split") for n in (10**6, max_length))
     assert learned(parts) == learned(whole) and parts.lengths.max() <= max_length
-    assert all(CHAT.decode(parts[i]["input_ids"]).startswith(CHAT.decode(whole[0]["input_ids"])[:60]) for i in range(len(parts))), "each part has the call before it"
+    assert all("</tool_call>" in CHAT.decode(parts[i]["input_ids"]) for i in range(len(parts))), "each part has the call before it"
 
 
 def test_a_thousand_turns_are_divided():
@@ -315,6 +315,19 @@ def test_what_a_template_has_no_place_for_is_a_bad_line(tmp_path):
     picky.write_text("{% for m in messages %}{% if '热' in m.content %}{{ raise_exception('too hot') }}{% endif %}{{ m.content + eos_token }}{% endfor %}", "utf-8")
     with pytest.raises(ValueError, match=r"a\.jsonl, line 2: .*refuses the conversation: too hot"):
         ConversationDataset(path, TOKENIZER, template=str(picky))
+
+
+def test_a_template_that_refuses_what_was_cut_from_it_makes_a_bad_line(tmp_path):
+    picky = tmp_path / "picky.jinja"
+    picky.write_text("{% for m in messages %}{% if m.content.startswith('长') %}{{ raise_exception('headless') }}{% endif %}{{ m.content + eos_token }}{% endfor %}", "utf-8")
+    talk = [dict(role="system", content="头" + "长" * 300), *pair("问", "答" * 300)["messages"]]
+    path = write(tmp_path, "a.jsonl", [json.dumps(pair("问", "答")), json.dumps(dict(messages=talk))])
+    assert len(ConversationDataset(path, TOKENIZER, template=str(picky))) == 2
+    for what in ("error", "truncate", "split"):
+        with pytest.raises(ValueError, match=r"a\.jsonl, line 2: .*refuses the conversation: headless"):
+            ConversationDataset(path, TOKENIZER, 64, str(picky), on_long=what)
+        if what != "error":
+            assert ConversationDataset(path, TOKENIZER, 64, str(picky), on_long=what, on_bad_line="skip").line.tolist() == [1]
 
 
 def test_a_last_answer_that_is_empty_cannot_be_learned_alone(tmp_path):

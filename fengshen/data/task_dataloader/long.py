@@ -42,7 +42,8 @@ class Long:
         last=False,  # True where only the last answer is learned
     ):
         self.encoder, self.template, self.max_length, self.last, self.gone = encoder, template, max_length, last, []
-        fixed = size(self.encode([dict(role="user", content=""), dict(role="assistant", content="")]))
+        said = 2 * len(encoder.said(["1"])[0])  # there are templates that refuse empty messages
+        fixed = size(self.encode([dict(role="user", content="1"), dict(role="assistant", content="1")])) - said
         if max_length < 2 * fixed + 2:
             expected = f"at least {2 * fixed + 2}: the template alone is {fixed} tokens"
             raise ValueError(explain("max_length is too small for this template", max_length, expected, "raise data.max_length or choose a shorter template"))
@@ -94,7 +95,8 @@ def shorten(self: Long, messages, turns, room, tools) -> list:
         longest = max(texts, key=lambda m: len(m["content"]))
         excess = max(1, (tokens - room) * sum(len(m["content"]) for m in texts) // tokens)
         longest["content"] = longest["content"][min(excess, -(-len(longest["content"]) // 2)) :]
-        turns = self.encode(messages, tools)
+        told = self.encoder.told([text for text, _ in self.template.turns(dict(messages=messages, tools=tools), self.last)])
+        turns = [(ids, said, learn) for ids, (_, said, learn) in zip(told, turns)]
     self.gone += [text[: len(text) - len(m["content"])] for text, m in zip(before, texts) if text != m["content"]]
     return turns
 
@@ -137,27 +139,26 @@ def divide(self: Long, head, groups, turns, tools) -> list:
     "Samples of some exchanges: all in one if they fit, else as many together as do."
     if size(turns) <= self.max_length:
         return [turns]
+    if len(groups) == 1:
+        room = max(self.max_length - len(turns[-1][1]), self.max_length // 2)
+        return self.parts(self.shorten(head + groups[0], turns, room, tools))
     sizes, out = shares(groups, turns), []
     while groups:
-        messages, turns, count = self.first_fitting(head, groups, sizes, tools)
-        if size(turns) > self.max_length:
-            room = max(self.max_length - len(turns[-1][1]), self.max_length // 2)
-            out += self.parts(self.shorten(messages, turns, room, tools))
-        else:
-            out.append(turns)
+        turns, count = self.first_fitting(head, groups, sizes, tools)
+        out += self.divide(head, groups[:count], turns, tools)
         groups, sizes = groups[count:], sizes[count:]
     return out
 
 
 @patch
 def first_fitting(self: Long, head, groups, sizes, tools) -> tuple:
-    "(messages, turns, how many exchanges they are): the first exchanges that fit together, at least one."
+    "(turns, how many exchanges they are): the first exchanges that fit together, at least one."
     count = max(1, sum(1 for _ in takewhile(lambda total: total <= self.max_length, accumulate(sizes))))
     while True:
         messages = head + [m for group in groups[:count] for m in group]
         turns = self.encode(messages, tools)
         if count == 1 or size(turns) <= self.max_length:
-            return messages, turns, count
+            return turns, count
         count = max(1, min(count - 1, count * self.max_length // size(turns)))
 
 # %% ../../../nbs/api/data/task_dataloader/long.ipynb #8eafc2f2
@@ -166,7 +167,7 @@ def parts(self: Long, turns) -> list:
     "Samples of one exchange: its last answer in equal parts, what stands before it in each."
     *before, (told, said, learn) = turns
     room, out = self.max_length - size(before) - len(told), []
-    if room < 4:  # a character may be four tokens
+    if room < min(4, len(said)):  # a character may be four tokens
         self.gone.append(self.encoder.tokenizer.decode(said))
         return []
     while len(said) > room:

@@ -114,10 +114,7 @@ def write(self: Preparation, writer, chunk, encoded) -> int:
     samples, places, encoded = [], [], encoded.result()
     self.prove(chunk, encoded)
     for (file, number, talk, *_), turns in zip(chunk, encoded):
-        if not self.learns(turns):
-            self.bad_line(self.sources[file], number, "there is nothing to learn: no answer has a token", talk)
-            continue
-        for sample in self.fit(file, number, talk, turns):
+        for sample in self.samples(file, number, talk, turns):
             if self.learns(sample):
                 samples.append(sample)
                 places.append((file, number, STATE.get(self.settings["on_long"], 0) if sample is not turns else 0))
@@ -129,6 +126,18 @@ def write(self: Preparation, writer, chunk, encoded) -> int:
         writer.add(ids, scored, lengths, file, line, state)
         self.count(ids, scored, lengths)
     return len(chunk)
+
+
+@patch
+def samples(self: Preparation, file, number, talk, turns) -> list:
+    "The samples of a conversation; none of one with nothing to learn, or where the template refuses what is left of it: that is a bad line."
+    try:
+        if not self.learns(turns):
+            raise BadLine("there is nothing to learn: no answer has a token")
+        return self.fit(file, number, talk, turns)
+    except BadLine as e:
+        self.bad_line(self.sources[file], number, str(e), talk)
+        return []
 
 
 @patch
@@ -218,9 +227,10 @@ def report(self: Preparation, writer) -> dict:
 def refuse_long(self: Preparation):
     "Raise a `ValueError` with the longest conversations and the price of each choice."
     count, total, most, costs = self.counts["long"], sum(self.sizes), self.settings["max_length"], self.costs
-    longest = ", ".join(f"{self.sources[file].place(number)}: {tokens:,} tokens" for tokens, file, number in self.longest)
+    several, sources = len(self.sources) > 1, self.sources
+    longest = ", ".join(f"{sources[f].place(n) if several else f'{sources[f].unit} {n}'}: {tokens:,} tokens" for tokens, f, n in self.longest)
     raise ValueError(explain(
-        f"{count:,} of {len(self.sizes):,} conversations are longer than max_length, the longest are", longest, f"at most {most:,} tokens",
+        f"{sources[0].name if not several else f'{len(sources)} files'}: {count:,} of {len(self.sizes):,} conversations are longer than max_length, the longest are", longest, f"at most {most:,} tokens",
         f"choose data.on_long: drop leaves out {count:,} conversations ({costs['drop'] / total:.1%} of all tokens), truncate cuts {costs['truncate']:,} tokens "
         f"({costs['truncate'] / total:.1%}), split makes {costs['extra']:,} more samples and cuts {costs['split']:,} tokens; "
         f"or raise data.max_length to {self.longest[0][0]:,} if the model's context allows"))
