@@ -190,6 +190,14 @@ def test_a_truncated_chat_is_the_end_of_it(talk, max_length):
     assert (answer == turns[-1]["content"]) if end else dataset.lengths[0] > max_length - 4
 
 
+@pytest.mark.parametrize("system, question", [("简短", "问" * 300), ("长" * 300, "问")])
+def test_what_is_short_stays_whole_beside_what_is_long(system, question):
+    talk = [dict(role="system", content=system), *pair(question, "答")["messages"]]
+    dataset = ConversationDataset([dict(messages=talk)], CHAT, 100, CHATML, on_long="truncate")
+    told, asked, answer, end = WORDS.fullmatch(CHAT.decode(dataset[0]["input_ids"])).groups()
+    assert min(system, question, key=len) in (told, asked) and answer == "答" and end and dataset.lengths[0] > 90
+
+
 @given(st.lists(chats, min_size=1, max_size=3), st.integers(80, 300))
 @settings(max_examples=40)
 def test_a_split_chat_learns_every_answer_once(talks, max_length):
