@@ -16,8 +16,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-MODEL = dict(model_type="gpt2", vocab_size=50257, n_positions=1024, n_embd=2048, n_layer=20, n_head=32, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=50256, eos_token_id=50256)
-COMMON = ["--data.valid", "null", "--trainer.val_check_interval", "null", "--trainer.log_every_n_steps", "1", "--export", "false", "--checkpoint.at_end", "false", "--overwrite", "true"]
+MODEL = dict(model_type="gpt2", vocab_size=50257, n_positions=1024, n_embd=2048, n_layer=20, n_head=32,
+             resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=50256, eos_token_id=50256)
+COMMON = ["--data.valid", "null", "--trainer.val_check_interval", "null", "--trainer.log_every_n_steps", "1",
+          "--export", "false", "--checkpoint.at_end", "false", "--overwrite", "true"]
 LAYOUTS = {
     "packed, rows of 1,024": ["--data.micro_batch", "8"],
     "packed, rows of 4,096": ["--data.micro_batch", "2", "--data.row_length", "4096"],

@@ -14,6 +14,7 @@ PLACES = dict(LiveView="live", Microscope="microscope")
 
 
 def __getattr__(name):
+    "A view, loaded when it is first asked for."
     if name in PLACES:
         return getattr(importlib.import_module(f"fengshen.widgets.{PLACES[name]}"), name)
     raise AttributeError(f"module 'fengshen.widgets' has no attribute {name!r}")
