@@ -49,7 +49,7 @@ test-notebooks: setup ## run the notebooks
 
 test-python: setup ## the tests in tests/ (recipes, properties, processes, the wheel)
 	@echo "== tests: properties, invariants, recipes, the wheel in an empty environment"
-	@$(PYTEST) tests --ignore tests/house
+	@$(PYTEST) tests --ignore tests/house -n 2 --dist loadfile
 
 test-slow: setup ## what takes longer than a test should
 	@$(NOTEBOOKS) --flags slow
