@@ -59,7 +59,7 @@ class Recorder(pl.Callback):
         self.started, self.last = now - self.earlier, (now, self.tokens(trainer, module), trainer.global_step)
         self.waited = waited(trainer)
         self.file = open_record(self.dir / "metrics.jsonl") if trainer.is_global_zero else None
-        if trainer.is_global_zero and hasattr(trainer.datamodule, "write_report"):
+        if trainer.is_global_zero and hasattr(getattr(trainer, "datamodule", None), "write_report"):
             trainer.datamodule.write_report(self.dir)
         total = trainer.estimated_stepping_batches
         self.max_steps = int(total) if total != float("inf") else None
