@@ -292,6 +292,7 @@ def on_validation_epoch_start(self: CausalLMModule):
     "Forget the last validation."
     self._valid_sums = torch.zeros(2, dtype=torch.float64, device=self.device)
     for metric in self.metrics.values():
+        metric.to(self.device)  # under ZeRO-3 nobody moves the module
         metric.reset()
 
 
