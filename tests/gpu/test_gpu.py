@@ -70,3 +70,9 @@ def test_bfloat16_follows_float32_and_exports(tmp_path, still):
         losses, said = fit(tmp_path / strategy, "--model.config", still, "--trainer.strategy", strategy)
         assert "torch's fused kernel" in said and "verified" in said
         assert abs(plain[0] - losses[0]) < 0.02 and abs(plain[30] - losses[30]) < 0.25, strategy
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_an_adapter_trains_and_validates(tmp_path, still, strategy):
+    losses, said = fit(tmp_path / strategy, "--model.config", still, "--trainer.strategy", strategy, "--model.lora.r", "8", "--trainer.max_steps", "6", "--trainer.val_check_interval", "6")
+    assert losses and "valid step 6/6" in said and "LoRA: rank 8" in said and "verified" in said
