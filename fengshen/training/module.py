@@ -131,8 +131,10 @@ def _tokenizer(self):
 
 
 def _context(self):
-    place = self.path or self.config
-    return place and getattr(read_config_json(fetch(place, self.hub, weights=False)), "max_position_embeddings", None)
+    if self.path or self.config:
+        place = fetch(self.path or self.config, self.hub, weights=False)
+        if place.is_file() or (place / "config.json").exists():  # what is wrong with others is told when the model is built
+            return getattr(read_config_json(place), "max_position_embeddings", None)
 
 
 CausalLMModule.tokenizer = property(_tokenizer)  # what the data module falls back on

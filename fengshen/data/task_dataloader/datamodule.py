@@ -70,7 +70,8 @@ def load(self: ConversationDataModule):
     if self.template is None:
         self.template = get_template(self.asked, self.tokenizer)
         self.tokenizer.chat_template = self.template.jinja
-    self.choose_length(getattr(module, "context", None))
+    if self.max_length is None:
+        self.choose_length(getattr(module, "context", None))
     return self.tokenizer
 
 
