@@ -51,10 +51,16 @@ def test_an_export_of_the_checkpoint_carries_them_too(run, tmp_path):
 def test_chat_asks_with_the_template_and_stops_at_its_end(run):
     chat = Chat(str(run.export), system="你是医生。", max_new_tokens=6)
     assert chat.template.end == "<|im_end|>"
-    bias = chat.model.lm_head.weight.data  # tied: what was seen last is likeliest, and after it the end
-    end = chat.tokenizer.convert_tokens_to_ids("<|im_end|>")
-    bias[end] *= 200
-    assert len(chat.tokenizer(chat.answer("头疼怎么办？"))["input_ids"]) < 6 or chat.tokenizer.decode([end]) not in chat.messages[-1]["content"]
+    end, passes = chat.tokenizer.convert_tokens_to_ids("<|im_end|>"), []
+
+    def third_is_the_end(module, inputs, logits):
+        passes.append(1)
+        logits[:, :, :] = 0
+        logits[:, :, end if len(passes) == 3 else 300] = 1
+        return logits
+
+    chat.model.lm_head.register_forward_hook(third_is_the_end)
+    assert chat.answer("头疼怎么办？") == chat.tokenizer.decode([300, 300]) and len(passes) == 3, "three passes, not the six it might take"
     assert chat.template.history(chat.messages).startswith("<|im_start|>system\n你是医生。<|im_end|>\n<|im_start|>user\n头疼怎么办？<|im_end|>\n")
 
 

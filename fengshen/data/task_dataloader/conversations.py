@@ -14,7 +14,7 @@ import numpy as np
 
 from ..batch import COLOURS, row_html, runs
 from .encode import Encoder, flatten
-from .prepare import Preparation
+from .prepare import Preparation, turns_of
 from .records import find_sources, parse_line, read_one
 from . import shapes
 from .store import open_arrays, prepared
@@ -172,9 +172,8 @@ def encode(
     tokenizer = tokenizer or self.tokenizer
     template = find_template(template, tokenizer)[0] if template or tokenizer is not self.tokenizer else self.template
     encoder = Encoder(tokenizer, template)
-    plain = "text" in conversation
-    turns = [("", conversation["text"])] if plain else template.turns(conversation, self.loss_on == "last")
-    ids, scored, _ = flatten(encoder.encode([turns], [[encoder.eos]] if plain else None), self.loss_on)
+    turns, end = turns_of(conversation, template, encoder, self.loss_on == "last")
+    ids, scored, _ = flatten(encoder.encode([turns], [end]), self.loss_on)
     return ids.tolist(), (scored == 1).tolist()
 
 

@@ -144,6 +144,7 @@ def samples(self: ConversationDataModule, split):
 def collate(self: ConversationDataModule, samples, rows=1):
     "A list of samples (rows when packing) as a `Batch`; a packed one is filled with empty rows to `rows`, so that all have one shape."
     tokenizer = self.tokenizer
+    # padding is known by length, never by id, so the end will do where a tokenizer has no padding token
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     if self.packing:
         return pack_rows(list(samples) + [[]] * (rows - len(samples)), self.row_length, pad, tokenizer, self.max_length)

@@ -10,6 +10,7 @@ from itertools import chain
 
 import numpy as np
 
+from .templates import opening
 from ...tokenizer.pieces import Pieces
 from ...utils.core import patch
 
@@ -45,8 +46,7 @@ class Encoder:
         template,  # What made the turns: its end closes every answer
     ):
         self.tokenizer, self.eos = tokenizer, tokenizer.eos_token_id
-        # padding is known by length, never by id, so the end will do where a tokenizer has no padding token
-        self.pad = self.eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.opening = opening(tokenizer)  # of plain text; a template writes its own
         self.told, self.said = batch_encoders(tokenizer)
         self.end = self.told([template.end])[0]
         self.pieces = Pieces(tokenizer)

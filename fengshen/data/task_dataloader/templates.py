@@ -210,9 +210,9 @@ def marked_spans(self: JinjaTemplate, messages, tools) -> list:
     texts, marks = render_jinja_template([messages], tools=tools, chat_template=self.jinja, return_assistant_tokens_mask=True, **specials)
     spans = []
     for start, stop in marks[0]:
-        inside = texts[0][start:stop].rstrip("\n")
-        inside = inside.removesuffix(self.end)
-        stop = start + len(inside)
+        marked = texts[0][start:stop]
+        if marked.rstrip("\n").endswith(self.end):  # the end is inside the marks, perhaps with the line break after it
+            stop = start + len(marked.rstrip("\n").removesuffix(self.end))
         if not texts[0].startswith(self.end, stop):
             raise BadLine(f"the template {self.name!r} marks an answer that {self.end!r} does not end")
         spans.append((start, stop))
