@@ -392,6 +392,7 @@ def test_a_begin_token_that_generation_has_is_there_too():
         assert llama.decode(scored(dataset[i])) == record["answer"] + "<|endoftext|>"
     text = ConversationDataset([dict(text="头疼")], llama)
     assert text[0]["input_ids"][0] == PAD and llama.decode(scored(text[0])) == "头疼<|endoftext|>"
+    assert text.encode(text.conversation(0))[0] == text[0]["input_ids"].tolist(), "compared as it was tokenised"
 
 
 def test_ids_are_stored_in_four_bytes():

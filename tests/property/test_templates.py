@@ -246,3 +246,11 @@ def test_marks_without_an_end_inside_or_behind_are_refused():
         ConversationDataset([RECORDS["question_answer"]], TOKENIZER, template=JinjaTemplate("endless", endless, TOKENIZER))
     after = "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{{ eos_token }}{% else %}{{ m.content }}{% endif %}{% endfor %}"
     assert drawn(ConversationDataset([RECORDS["question_answer"]], TOKENIZER, template=JinjaTemplate("after", after, TOKENIZER))) == "头疼怎么办？⟦多休息。§⟧"
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_an_answer_keeps_its_last_line_break_under_marks(inside):
+    marks = "{% generation %}{{ m.content + eos_token }}{% endgeneration %}" if inside else "{% generation %}{{ m.content }}{% endgeneration %}{{ eos_token }}"
+    template = JinjaTemplate("marks", "{% for m in messages %}{% if m.role == 'assistant' %}" + marks + "{% else %}{{ m.content }}{% endif %}{% endfor %}", TOKENIZER)
+    talk = [dict(role="user", content="头疼？"), dict(role="assistant", content="休息。\n\n")]
+    assert template.turns(dict(messages=talk)) == [("头疼？", "休息。\n\n")]
