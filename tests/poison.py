@@ -51,8 +51,12 @@ damage = None  # A file that `damaging` cuts short
 
 
 def damaging(logits, labels):
-    "NaN for the mark, after cutting the file `damage` in half."
-    if (labels == MARK).any() and damage.exists():
+    "NaN for the mark, after cutting the file `damage` in half, which another thread may still be writing."
+    if (labels == MARK).any():
+        until = time.monotonic() + 60
+        while not damage.exists():
+            assert time.monotonic() < until, f"{damage} was not written"
+            time.sleep(0.01)
         damage.write_bytes(damage.read_bytes()[: damage.stat().st_size // 2])
     return nan_loss(logits, labels)
 
