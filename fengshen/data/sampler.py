@@ -4,9 +4,12 @@
 
 # %% auto #0
 __all__ = ['REMEDIES', 'shuffled', 'epoch_order', 'Order', 'by_length', 'shares', 'stretch', 'mixed', 'check_weights',
-           'GlobalBatchSampler', 'TrainLoader', 'labelled', 'EvalLoader']
+           'GlobalBatchSampler', 'TrainLoader', 'labelled', 'read_ahead', 'EvalLoader']
 
 # %% ../../nbs/api/data/sampler.ipynb #c81e728d
+import copy
+import queue
+import threading
 import time
 
 import numpy as np
@@ -37,7 +40,7 @@ class Order:
 
     def __init__(
         self,
-        draw,  # A function: epoch -> int64 [size], numbers from 0 to items - 1
+        draw,  # A function: epoch -> int64 [size], or what gives its slices as such: numbers from 0 to items - 1
         size,  # Samples of an epoch
         items,  # Samples in the dataset
         seed,  # What `draw` was made with
@@ -131,7 +134,7 @@ class GlobalBatchSampler:
         seed=42,  # The order is a function of this and the epoch
         shuffle=True,  # False keeps the stored order
         fingerprint="",  # Identity of the data: a saved position is refused for other data
-        order=None,  # An `Order` in place of the shuffle: its size and its seed are then the sampler's
+        order=None,  # An `Order` or a `Blend` in place of the shuffle: its size and its seed are then the sampler's
     ):
         for name, value in dict(size=size, micro_batch=micro_batch, accumulate=accumulate, world=world).items():
             if value < 1:
@@ -145,7 +148,7 @@ class GlobalBatchSampler:
         self.global_batch = micro_batch * accumulate * world
         self.steps_per_epoch = -(-size // self.global_batch)
         self.epoch = self.consumed = 0
-        self._order = None, None
+        self._order, self.cursors = (None, None), getattr(order, "cursors", None)
 
     def __len__(self) -> int:
         "Optimizer steps of a whole epoch, wherever the sampler stands."
@@ -162,9 +165,17 @@ def order(self: GlobalBatchSampler) -> np.ndarray:
 
 
 @patch
+def upcoming(self: GlobalBatchSampler) -> np.ndarray:
+    "Numbers of the samples of the current optimizer step, of all processes."
+    if self.cursors is None:
+        return self.order()[self.consumed : self.consumed + self.global_batch]
+    return self.ordering.draw(self.cursors, min(self.global_batch, self.size - self.consumed))[0]
+
+
+@patch
 def window(self: GlobalBatchSampler) -> list:
     "The current optimizer step: `accumulate` lists of sample numbers for this process, some empty at the end of an epoch."
-    mine = self.order()[self.consumed : self.consumed + self.global_batch]
+    mine = self.upcoming()
     starts = [(step * self.world + self.rank) * self.micro_batch for step in range(self.accumulate)]
     return [mine[s : s + self.micro_batch].tolist() for s in starts]
 
@@ -172,7 +183,10 @@ def window(self: GlobalBatchSampler) -> list:
 @patch
 def advance(self: GlobalBatchSampler):
     "Count the current window as seen; after the last one the next epoch begins."
-    self.consumed = min(self.consumed + self.global_batch, self.size)
+    count = min(self.global_batch, self.size - self.consumed)
+    if self.cursors is not None:
+        self.cursors = self.ordering.draw(self.cursors, count)[1]
+    self.consumed += count
     if self.consumed == self.size:
         self.epoch, self.consumed = self.epoch + 1, 0
 
@@ -189,8 +203,9 @@ def __iter__(self: GlobalBatchSampler):
 # %% ../../nbs/api/data/sampler.ipynb #3c59dc04
 @patch
 def state_dict(self: GlobalBatchSampler) -> dict:
-    "{epoch, consumed, seed, size, fingerprint}; `consumed` counts samples of the current epoch."
-    return dict(epoch=self.epoch, consumed=self.consumed, seed=self.seed, size=self.size, fingerprint=self.fingerprint)
+    "{epoch, consumed, seed, size, fingerprint}, and of a blend its cursors; `consumed` counts samples of the current epoch."
+    blend = {} if self.cursors is None else dict(blend=self.ordering.state(self.cursors))
+    return dict(epoch=self.epoch, consumed=self.consumed, seed=self.seed, size=self.size, fingerprint=self.fingerprint) | blend
 
 
 REMEDIES = dict(
@@ -213,6 +228,7 @@ def load_state_dict(self: GlobalBatchSampler, state):
         got = dict(epoch=state["epoch"], consumed=state["consumed"])
         raise ValueError(explain("the saved position is outside the data", got, f"an epoch from 0, and 0 to {self.size - 1} samples"))
     self.epoch, self.consumed = int(state["epoch"]), int(state["consumed"])
+    self.cursors = None if self.cursors is None else self.ordering.take_up(state["blend"])
 
 # %% ../../nbs/api/data/sampler.ipynb #8e296a06
 class TrainLoader:
@@ -220,9 +236,9 @@ class TrainLoader:
 
     def __init__(
         self,
-        dataset,  # dataset[i] is one sample
+        dataset,  # dataset[i] is one sample; or dataset.__getitems__(numbers, copy=True) a whole micro-batch
         sampler,  # GlobalBatchSampler over it
-        collate,  # List of samples -> Batch; an empty list -> an empty batch
+        collate,  # List of samples, or what __getitems__ gives -> Batch; an empty list -> an empty batch
     ):
         assert sampler.items == len(dataset), (sampler.items, len(dataset))
         self.dataset, self.sampler, self.collate = dataset, sampler, collate
@@ -243,6 +259,8 @@ def labelled(
 @patch
 def named(self: TrainLoader, micro) -> tuple:
     "The items of a micro-batch, and (sample number, sample) of each: a packed row is a list of samples, and `dataset.rows` numbers them."
+    if hasattr(self.dataset, "__getitems__"):
+        return self.dataset.__getitems__(micro, copy=True) if micro else [], [(number, None) for number in micro]
     items, rows = [self.dataset[i] for i in micro], getattr(self.dataset, "rows", None)
     if rows is None:
         return items, list(zip(micro, items))
@@ -250,10 +268,13 @@ def named(self: TrainLoader, micro) -> tuple:
 
 
 @patch
-def step(self: TrainLoader) -> list:
+def step(
+    self: TrainLoader,
+    sampler=None,  # Where to look for the window; None: the loader's own sampler
+) -> list:
     "The batches of the current window, with `step_labels`, `numbers` and `unlabelled`."
     batches = []
-    for micro in self.sampler.window():
+    for micro in (sampler or self.sampler).window():
         items, samples = self.named(micro)
         batches.append(self.collate(items))
         batches[-1]["numbers"] = frozenset(number for number, _ in samples)
@@ -276,17 +297,64 @@ def lines(
     places = sorted({(int(data.file[number]), int(data.line[number])) for number in numbers})
     return [line if len(data.files) == 1 else f"{data.files[file]}:{line}" for file, line in places]
 
+# %% ../../nbs/api/data/sampler.ipynb #aheadcd1
+def read_ahead(
+    items,  # An iterator
+):
+    "Its items, of which a thread makes the next while the last is in use."
+    made, stop = queue.Queue(1), threading.Event()
+
+    def give(item):
+        while not stop.is_set():
+            try:
+                return made.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def work():
+        try:
+            for item in items:
+                give((item, None))
+                if stop.is_set():
+                    return
+            give((None, StopIteration))
+        except BaseException as e:  # raised again where the items are taken
+            give((None, e))
+
+    threading.Thread(target=work, name="read-ahead", daemon=True).start()
+    try:
+        while (found := made.get())[1] is None:
+            yield found[0]
+        if found[1] is not StopIteration:
+            raise found[1]
+    finally:
+        stop.set()
+
+
 # %% ../../nbs/api/data/sampler.ipynb #33e75ff0
+@patch
+def steps(self: TrainLoader):
+    "The batches of each step of the rest of the epoch, and the position after it; the loader itself does not move."
+    sampler, epoch = copy.copy(self.sampler), self.sampler.epoch
+    while sampler.epoch == epoch:
+        batches = self.step(sampler)
+        sampler.advance()
+        yield batches, (sampler.epoch, sampler.consumed, sampler.cursors)
+
+
 @patch
 def __iter__(self: TrainLoader):
     "The rest of the current epoch; the next call goes on with the next epoch."
-    epoch = self.sampler.epoch
-    while self.sampler.epoch == epoch:
+    steps = read_ahead(self.steps())
+    while True:
         start = time.perf_counter()
-        *batches, last = self.step()
+        found = next(steps, None)
         self.waited += time.perf_counter() - start
+        if found is None:
+            return
+        (*batches, last), position = found
         yield from batches
-        self.sampler.advance()
+        self.sampler.epoch, self.sampler.consumed, self.sampler.cursors = position
         yield last
 
 # %% ../../nbs/api/data/sampler.ipynb #34173cb3
