@@ -415,8 +415,9 @@ class PackedCorpus:
 def __getitems__(
     self: PackedCorpus,
     rows,  # Numbers of rows, each from 0
+    copy=True,  # Other datasets give buffers that are used again unless it is True; a packed batch is its own memory either way
 ) -> Batch:
-    "The packed batch of these rows, in memory of its own."
+    "The packed batch of these rows."
     documents, starts, sizes, counts = self.rows.pieces(rows)
     ends = np.cumsum(counts)
     gaps = self.capacity - np.add.reduceat(sizes, ends - counts)
