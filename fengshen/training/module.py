@@ -228,12 +228,12 @@ def finite_or_nan(
 @patch
 def token_loss(
     self: CausalLMModule,
-    batch,  # A `Batch`: input_ids, labels [B, L], and its mask or document boundaries
+    batch,  # A `Batch`: input_ids, labels [B, L] (of windows [B, L + 1]), and its mask or document boundaries
     observe=None,  # Called with (logits [N, V], labels [N]) of the scored tokens, for metrics
 ):
     "Loss summed over the labelled tokens of one micro-batch; 0 when there are none."
     inputs = model_inputs(batch, self.attention, getattr(self.model.config, "sliding_window", None))
-    labels = batch["labels"].view(inputs["input_ids"].shape)
+    labels = batch["labels"].reshape(len(inputs["input_ids"]), -1)
     if not self.plain_head:
         return chunked_loss(self.model(**inputs).logits, labels, nn.Identity(), self.loss_fn, observe=observe)
     hidden = self.model.base_model(**inputs).last_hidden_state

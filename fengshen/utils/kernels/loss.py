@@ -14,10 +14,10 @@ from torch.utils.checkpoint import checkpoint
 # %% ../../../nbs/api/utils/kernels/loss.ipynb #1679091c
 def scored_rows(
     hidden_bld,  # Last hidden states, [b, l, d]
-    labels_bl,  # Token ids, -100 where nothing is scored; not shifted
+    labels_bl,  # Token ids, -100 where nothing is scored; not shifted; [b, l + 1] where the last state has a token to predict too
 ):
     "The states that predict a scored token, [n, d], and those tokens, [n]."
-    hidden, labels = hidden_bld[:, :-1].flatten(0, 1), labels_bl[:, 1:].flatten()
+    hidden, labels = hidden_bld[:, : labels_bl.shape[1] - 1].flatten(0, 1), labels_bl[:, 1:].flatten()
     rows = (labels != -100).nonzero().squeeze(1)
     return hidden.index_select(0, rows), labels.index_select(0, rows)
 
