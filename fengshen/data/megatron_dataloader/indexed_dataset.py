@@ -58,7 +58,7 @@ def check_ends(self: IndexedDataset):
         raise ValueError(explain(f"{self.idx}: the document index", f"{doc_idx[:1].tolist()} ... {doc_idx[-1:].tolist()}", f"from 0 to {sequences}"))
     if doc_idx[-1] < sequences:
         say(f"{self.idx}: {sequences - int(doc_idx[-1]):,} of {sequences:,} sequences are in no document (the original forgot them when it merged files)")
-    tokens = int(starts[-1]) // unit + int(sizes[-1]) if sequences else 0
+    self.count = tokens = int(starts[-1]) // unit + int(sizes[-1]) if sequences else 0
     if sequences and starts[0] != 0:
         raise ValueError(explain(f"{self.idx}: where the first sequence begins", int(starts[0]), "0", "is the file damaged?"))
     if os.path.getsize(self.bin) != tokens * dtype.itemsize:
@@ -97,7 +97,7 @@ IndexedDataset.pointers = property(get_pointers, doc="int64 [sequences]: the byt
 def flat(self: IndexedDataset) -> np.ndarray:
     "All tokens as one read-only array; mapped at the first call."
     if self._flat is None:
-        self._flat = map_file(self.bin, self.dtype, os.path.getsize(self.bin) // self.dtype.itemsize)
+        self._flat = map_file(self.bin, self.dtype, self.count)
     return self._flat
 
 
@@ -107,12 +107,12 @@ def place(
     i,  # Number of a sequence, also from the end
 ) -> tuple:
     "(first token, tokens) of a sequence; an `IndexError` outside the dataset, a `ValueError` for a damaged index."
-    i, count = operator.index(i), len(self)
-    if not -count <= i < count:
-        raise IndexError(f"sequence {i} of {count:,}")
-    start, size = int(self.index.starts[i]) // self.index.unit, int(self.index.sizes[i])
-    if start < 0 or size < 0 or start + size > len(self.flat()):
-        raise ValueError(explain(f"{self.idx}: sequence {i} is not inside {self.bin}", (start, size), f"start and size within {len(self._flat):,} tokens", "the index is damaged"))
+    _, unit, starts, sizes, _ = self.index
+    if not -len(sizes) <= operator.index(i) < len(sizes):
+        raise IndexError(f"sequence {i} of {len(sizes):,}")
+    start, size = starts.item(i) // unit, sizes.item(i)
+    if start < 0 or size < 0 or start + size > self.count:
+        raise ValueError(explain(f"{self.idx}: sequence {i} is not inside {self.bin}", (start, size), f"start and size within {self.count:,} tokens", "the index is damaged"))
     return start, size
 
 # %% ../../../nbs/api/data/megatron_dataloader/indexed_dataset.ipynb #ad80c19a
@@ -128,7 +128,7 @@ def __getitem__(
             raise ValueError(explain("a slice of an indexed dataset", i, "a step of 1"))
         return [self[k] for k in range(start, stop)]
     start, size = self.place(i)
-    return self.flat()[start : start + size]
+    return (self.flat() if self._flat is None else self._flat)[start : start + size]
 
 
 @patch
@@ -150,7 +150,7 @@ def get(
 def tokens(self: IndexedDataset) -> Shards:
     "All tokens, end to end, for batches: see `fengshen.data.reading`."
     if self._tokens is None:
-        self._tokens = Shards([self.bin], self.dtype, [os.path.getsize(self.bin) // self.dtype.itemsize])
+        self._tokens = Shards([self.bin], self.dtype, [self.count])
     return self._tokens
 
 
