@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REMEDIES', 'shuffled', 'epoch_order', 'Order', 'by_length', 'shares', 'stretch', 'mixed', 'check_weights',
-           'GlobalBatchSampler', 'TrainLoader', 'labelled', 'read_ahead', 'EvalLoader']
+           'GlobalBatchSampler', 'TrainLoader', 'labelled', 'fetched', 'read_ahead', 'EvalLoader']
 
 # %% ../../nbs/api/data/sampler.ipynb #c81e728d
 import copy
@@ -256,12 +256,22 @@ def labelled(
     return not isinstance(sample, dict) or bool((np.asarray(sample["labels"])[1:] != -100).any())
 
 
+def fetched(
+    dataset,  # Has `__getitems__(numbers, copy=True)`, or gives one item after the other
+    numbers,  # Of what is wanted
+):
+    "What `collate` takes: a whole micro-batch or a list of items; an empty list for no numbers."
+    if hasattr(dataset, "__getitems__"):
+        return dataset.__getitems__(list(numbers), copy=True) if len(numbers) else []
+    return [dataset[i] for i in numbers]
+
+
 @patch
 def named(self: TrainLoader, micro) -> tuple:
     "The items of a micro-batch, and (sample number, sample) of each: a packed row is a list of samples, and `dataset.rows` numbers them."
+    items, rows = fetched(self.dataset, micro), getattr(self.dataset, "rows", None)
     if hasattr(self.dataset, "__getitems__"):
-        return self.dataset.__getitems__(micro, copy=True) if micro else [], [(number, None) for number in micro]
-    items, rows = [self.dataset[i] for i in micro], getattr(self.dataset, "rows", None)
+        return items, [(number, None) for number in micro]
     if rows is None:
         return items, list(zip(micro, items))
     return items, [(int(number), sample) for i, row in zip(micro, items) for number, sample in zip(rows[i], row)]
@@ -391,4 +401,5 @@ class EvalLoader:
         "This process's micro-batches."
         for step in range(len(self)):
             start = (step * self.world + self.rank) * self.micro_batch
-            yield self.collate([self.dataset[i] for i in range(start, min(start + self.micro_batch, len(self.dataset)))])
+            numbers = range(start, min(start + self.micro_batch, len(self.dataset)))
+            yield self.collate(fetched(self.dataset, numbers))

@@ -53,25 +53,42 @@ class ConversationDataModule(LightningDataModule):
         self.limits = dict(train=limit_train, valid=limit_valid)
         self.sets, self.template = {}, None
 
+
+ConversationDataModule.splits = ("train", "valid")  # parameters that name data
+
 # %% ../../../nbs/api/data/task_dataloader/datamodule.ipynb #cb88b854
 LONGEST = 4096  # tokens
 
 
 @patch
-def load(self: ConversationDataModule):
-    "The tokenizer (the one given, the one named, or the trained model's), with the template in it."
-    module = getattr(self.trainer, "lightning_module", None)
+def from_model(
+    self: ConversationDataModule,
+    name,  # "tokenizer" or "context"
+):
+    "What the trained model knows; None where there is no trainer yet, or the model does not know."
+    return getattr(getattr(self.trainer, "lightning_module", None), name, None)
+
+
+@patch
+def find_tokenizer(self: ConversationDataModule):
+    "The tokenizer: the one given, the one named, or the trained model's; None where there is none."
     if self.tokenizer is None:
-        self.tokenizer = getattr(module, "tokenizer", None)
-    if self.tokenizer is None:
-        raise ValueError(explain("no tokenizer", None, "a folder or hub id", "set data.tokenizer, or model.path to a folder that holds one"))
+        self.tokenizer = self.from_model("tokenizer")
     if isinstance(self.tokenizer, (str, Path)):
         self.tokenizer = load_tokenizer(self.tokenizer)
+    return self.tokenizer
+
+
+@patch
+def load(self: ConversationDataModule):
+    "The tokenizer, with the template in it; a `ValueError` where there is none."
+    if self.find_tokenizer() is None:
+        raise ValueError(explain("no tokenizer", None, "a folder or hub id", "set data.tokenizer, or model.path to a folder that holds one"))
     if self.template is None:
         self.template = get_template(self.asked, self.tokenizer)
         self.tokenizer.chat_template = self.template.jinja
     if self.max_length is None:
-        self.choose_length(getattr(module, "context", None))
+        self.choose_length(self.from_model("context"))
     return self.tokenizer
 
 
@@ -109,7 +126,7 @@ ConversationDataModule.stops = property(_stops, doc="Ids at which an answer ends
 @patch
 def setup(self: ConversationDataModule, stage=None):
     "Read and tokenise what this stage needs and has not been read yet."
-    for split in ("train", "valid"):
+    for split in self.splits:
         source = getattr(self, split)
         if source is None or split in self.sets or (split == "train" and stage not in (None, "fit")):
             continue
@@ -172,22 +189,33 @@ def place(self: ConversationDataModule) -> dict:
 
 # %% ../../../nbs/api/data/task_dataloader/datamodule.ipynb #a12b50f1
 @patch
+def collater(self: ConversationDataModule, split, rows):
+    "The function that makes a batch of `rows` rows of a split."
+    return partial(self.collate, rows=rows)
+
+
+@patch
 def train_dataloader(self: ConversationDataModule) -> TrainLoader:
     "The training loader, shuffled; its position is saved in every checkpoint."
     rows, order = self.samples("train"), self.order()
     accumulate = self.trainer.accumulate_grad_batches if self.trainer else 1
     sampler = GlobalBatchSampler(order.size if order else len(rows), self.micro_batch, accumulate, **self.place(), seed=self.seed,
                                  fingerprint=rows.fingerprint, order=order)
-    return TrainLoader(rows, sampler, partial(self.collate, rows=self.micro_batch))
+    return TrainLoader(rows, sampler, self.collater("train", self.micro_batch))
 
 
 @patch
 def val_dataloader(self: ConversationDataModule):
     "The validation loader in stored order, or none."
-    if self.valid is None:
+    return self.eval_dataloader("valid")
+
+
+@patch
+def eval_dataloader(self: ConversationDataModule, split):
+    "The loader of a split in stored order; none where it has no data."
+    if split not in self.sets and getattr(self, split) is None:
         return []
-    collate = partial(self.collate, rows=self.valid_micro_batch)
-    return EvalLoader(self.samples("valid"), self.valid_micro_batch, collate, **self.place())
+    return EvalLoader(self.samples(split), self.valid_micro_batch, self.collater(split, self.valid_micro_batch), **self.place())
 
 # %% ../../../nbs/api/data/task_dataloader/datamodule.ipynb #bed54936
 @patch
@@ -210,9 +238,10 @@ def prompts(
 def report(self: ConversationDataModule) -> dict:
     "{split: the dataset's report, with rows and fill when packed}, and for training the optimizer steps of an epoch."
     out = {}
-    for split in ("train", "valid"):
+    for split in self.splits:
         if split in self.sets:
-            packed = dict(rows=len(self.sets[split + "_rows"]), fill=self.sets[split + "_rows"].fill) if self.packing else {}
+            rows = self.sets.get(split + "_rows")
+            packed = {} if rows is None else dict(rows=len(rows), fill=rows.fill)
             out[split] = self.sets[split].report | packed
     if "train" in out:
         out["train"]["steps_per_epoch"] = self.train_dataloader().sampler.steps_per_epoch
@@ -228,7 +257,7 @@ def write_report(
     (Path(folder) / "data.json").write_text(json.dumps(self.report(), ensure_ascii=False, indent=1), "utf-8")
     for split in self.report():
         for name in ("skipped", "cuts"):
-            source = self.sets[split].folder / f"{name}.jsonl"
-            if source.exists() and source.stat().st_size:
+            source = Path(getattr(self.sets[split], "folder", "")) / f"{name}.jsonl"
+            if source.is_file() and source.stat().st_size:
                 shutil.copyfile(source, Path(folder) / f"{split}_{name}.jsonl")
 
