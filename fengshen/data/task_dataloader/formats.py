@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LINES', 'FORMATS', 'OPENERS', 'INSIDE', 'READERS', 'BadLine', 'decode', 'parse_line', 'file_format', 'open_zst',
            'Unpacked', 'open_bytes', 'numbered_lines', 'attempt', 'read_lines', 'is_lines', 'records_in', 'read_json',
-           'row_record', 'rows_of', 'read_csv', 'arrow_file', 'batches', 'batch_rows', 'read_arrow']
+           'row_record', 'rows_of', 'read_csv', 'arrow_file', 'wanted', 'batches', 'batch_rows', 'read_arrow']
 
 # %% ../../../nbs/api/data/task_dataloader/formats.ipynb #0d6237b7
 import ast
@@ -240,19 +240,35 @@ def arrow_file(path):
             yield f
 
 
-def batches(path, rows=1000):
-    "Record batches of a .parquet or .arrow file, of at most so many rows."
+def wanted(
+    schema,  # Of an Arrow table
+    columns,  # Names of which some may be there; None: all are wanted
+):
+    "The columns that are wanted and there; None (which is all) where none is, so that a message can name them."
+    return [name for name in schema.names if name in (columns or ())] or None
+
+
+def batches(
+    path,  # A .parquet or .arrow file
+    rows=1000,  # Rows of a batch at most
+    groups=None,  # Row groups of a Parquet file, in their order; None: all
+    columns=None,  # Read these columns only, where there are any of them
+):
+    "Record batches of a file."
     import pyarrow as pa
     from pyarrow.parquet import ParquetFile
 
     with arrow_file(path) as f:
         if file_format(path)[0] == ".parquet":
-            yield from ParquetFile(f).iter_batches(batch_size=rows)
+            file = ParquetFile(f)
+            yield from file.iter_batches(batch_size=rows, row_groups=groups, columns=wanted(file.schema_arrow, columns))
             return
         whole = f.read(6) == b"ARROW1"  # the form with an index at its end; `datasets` writes the other, a stream
         f.seek(0)
         opened = pa.ipc.open_file(f) if whole else pa.ipc.open_stream(f)
+        names = wanted(opened.schema, columns)
         for batch in map(opened.get_batch, range(opened.num_record_batches)) if whole else opened:
+            batch = batch.select(names) if names else batch
             yield from (batch.slice(start, rows) for start in range(0, len(batch), rows))
 
 # %% ../../../nbs/api/data/task_dataloader/formats.ipynb #3c90b6cf
