@@ -39,6 +39,7 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
+import data_scale  # noqa: E402
 from data_peers import BATCH, OURS, PEERS, SEED, SEQ, VOCAB  # noqa: E402
 
 TOKENS = 50_000_000
@@ -208,23 +209,105 @@ def opening(make):
 
 
 def write(work, name):
-    """One round of one writer, beside a plain copy to the same disk."""
+    """One round of one writer: the corpus three times, after a few documents that warm it up."""
     flat, ends = corpus(work)
-    flat = flat.copy()
-    folder = work / name.replace(" ", "")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    writer = (OURS | PEERS)[name](folder)
-    start, cpu = time.perf_counter(), time.process_time()
-    writer.write(flat, ends)
-    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    flat, folder, spent = flat.copy(), work / name.replace(" ", ""), []
+    for last in (100, *[len(ends)] * 3):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        writer = (OURS | PEERS)[name](folder)
+        os.sync()
+        start, cpu = time.perf_counter(), time.process_time()
+        writer.write(flat, ends[:last])
+        spent.append((time.perf_counter() - start, time.process_time() - cpu))
+        if last == len(ends) and spent[-1][0] > 5:
+            break
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     writer.prepare(flat)
-    os.sync()
-    return dict(write=dict(tokens_per_second=TOKENS / seconds, tokens_per_cpu_second=TOKENS / cpu, bytes_per_token=size / TOKENS))
+    wall, cpu = (statistics.median(found) for found in zip(*spent[1:]))
+    return dict(write=dict(tokens_per_second=TOKENS / wall, tokens_per_cpu_second=TOKENS / cpu, bytes_per_token=size / TOKENS))
 
 
-PARTS = dict(read=read, write=write)
+def lengths_of(documents):
+    """Log-normal lengths, 400 on average, int32."""
+    return np.maximum(1, np.random.default_rng(0).lognormal(np.log(400) - 0.5, 1, documents)).astype(np.int32)
+
+
+def index(work, name, documents=10_000_000):
+    """The sample index of shuffled documents, in windows of 1,024: CPU milliseconds, and the digest of what came out."""
+    sizes, order = lengths_of(documents), np.arange(documents, dtype=np.int32)
+    np.random.RandomState(SEED).shuffle(order)
+    tokens = int(sizes.sum())
+    if name == "megatron":
+        from fengshen.data.megatron_dataloader.gpt_index import sample_index
+
+        def build():
+            out = np.empty(((tokens - 1) // SEQ + 1, 2), np.int32)
+            sample_index(sizes, order, SEQ, 1, out)
+            return out
+    else:
+        from megatron.core.datasets import helpers
+
+        def build():
+            return helpers.build_sample_idx(sizes, order, SEQ, 1, tokens, True, True)
+
+    seconds, found = timed(build, 5)
+    return {"sample index": dict(documents=documents, milliseconds=seconds * 1e3, sha256=hashlib.sha256(found.tobytes()).hexdigest()[:16])}
+
+
+def timed(build, times):
+    """(median CPU seconds of some calls after one that warms up, the result)"""
+    found, spent = build(), []
+    for _ in range(times):
+        start = time.process_time()
+        found = build()
+        spent.append(time.process_time() - start)
+    return statistics.median(spent), found
+
+
+def packing(work, name, capacity=2048):
+    """Best-fit decreasing: CPU seconds and fill; documents longer than a row are cut to it."""
+    out = {}
+    for documents in (1_000_000, 10_000_000) if name == "mmap" else (1_000_000,):
+        lengths = np.minimum(lengths_of(documents), capacity)
+        seconds, rows = (packed if name == "mmap" else packed_by_trl)(lengths, capacity)
+        fill = float(lengths.sum(dtype=np.int64) / (rows * capacity))
+        out[f"packing {documents:,}"] = dict(cpu_seconds=seconds, documents_per_second=documents / seconds, rows=rows, fill=fill)
+    return out
+
+
+def packed(lengths, capacity):
+    """(seconds, rows) of FengShen."""
+    from fengshen.data.packing import pack
+
+    seconds, rows = timed(lambda: pack(lengths, capacity), 3)
+    return seconds, len(rows)
+
+
+def packed_by_trl(lengths, capacity):
+    """(seconds, rows) of TRL's best fit over all documents at once; a token is one byte, so that moving them costs little."""
+    import pyarrow as pa
+    from datasets import Dataset
+    from trl import pack_dataset
+
+    ends = pa.array(np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
+    data = Dataset(pa.table(dict(input_ids=pa.LargeListArray.from_arrays(ends, pa.array(np.zeros(int(lengths.sum()), np.int8))))))
+    start = time.process_time()
+    rows = pack_dataset(data, capacity, strategy="bfd", map_kwargs=dict(batch_size=len(lengths), keep_in_memory=True))
+    return time.process_time() - start, len(rows)
+
+
+PARTS = dict(read=read, write=write, index=index, packing=packing, scale=data_scale.scale, workers=data_scale.workers, advice=data_scale.advice,
+             step=data_scale.step, epoch=data_scale.epoch)
+
+
+SECTIONS = dict(  # {section: {part: the processes that take turns}}
+    write=dict(write=[*OURS, *PEERS]),
+    read=dict(read=[name for name in [*OURS, *PEERS] if name not in ("mmap_arrays", "megatron_arrays")]),
+    index=dict(index=["megatron", "megatron-core"], packing=["mmap", "trl"]),
+    scale=dict(scale=[f"holes-{n}" for n in data_scale.SIZES], workers=[f"holes-{data_scale.SIZES[-1]}"], advice=["random", "usual"]),
+    step=dict(step=[f"{rate} {state}" for rate in (30_000, 500_000) for state in ("warm", "cold", "slow")], epoch=["holes-1"]),
+)
 
 
 def child(python, part, work, name):
@@ -238,30 +321,39 @@ def child(python, part, work, name):
     return json.loads(lines[-1])
 
 
+def middle(values):
+    """The median of numbers, to four digits; of anything else, the one value there is."""
+    if isinstance(values[0], str):
+        assert len(set(values)) == 1, values
+        return values[0]
+    found = statistics.median(values)
+    return found if isinstance(found, int) else float(f"{found:.4g}")
+
+
 def medians(rounds):
     """{cell: {number: median over the rounds}}"""
     cells = {cell for found in rounds for cell in found}
-    return {c: {k: statistics.median(found[c][k] for found in rounds if c in found) for k in next(f[c] for f in rounds if c in f)} for c in cells}
+    return {c: {k: middle([found[c][k] for found in rounds if c in found]) for k in next(f[c] for f in rounds if c in f)} for c in cells}
 
 
-def contest(part, options, record):
-    """All contenders by turns."""
-    pythons = dict.fromkeys(OURS, sys.executable) | (dict.fromkeys(PEERS, options.peers) if options.peers else {})
-    pythons = {name: python for name, python in pythons.items() if not options.who or name in options.who}
+def contest(part, names, options, record):
+    """Processes that take turns, in as many rounds as asked for; their medians."""
+    pythons = {name: options.peers if name in PEERS or name == "trl" else sys.executable for name in names}
+    pythons = {name: python for name, python in pythons.items() if python and (not options.who or name in options.who)}
     found = {name: [] for name in pythons}
     for _ in range(options.rounds):
         for name, python in pythons.items():
             found[name].append(child(python, part, options.work, name))
     for name, rounds in found.items():
         for cell, numbers in sorted(medians(rounds).items()):
-            record(cell=cell, who=name, **{k: float(f"{v:.4g}") for k, v in numbers.items()})
+            record(cell=cell, who=name, **numbers)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "fengshen-data")
-    parser.add_argument("--only", nargs="+", default=["write", "read"])
+    parser.add_argument("--only", nargs="+", default=list(SECTIONS), choices=list(SECTIONS))
     parser.add_argument("--who", nargs="+")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=HERE / "results/data.jsonl")
@@ -280,8 +372,9 @@ def main():
         with options.out.open("a", encoding="utf8") as f:
             f.write(line + "\n")
 
-    for part in options.only:
-        contest(part, options, record)
+    for section in options.only:
+        for part, names in SECTIONS[section].items():
+            contest(part, names, options, record)
 
 
 if __name__ == "__main__":

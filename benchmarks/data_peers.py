@@ -70,12 +70,12 @@ class Ours(Contender):
     """Stored order: windows of an `MMapIndexDataset`."""
 
     def write(self, flat, ends):
-        from fengshen.data.mmap_dataloader import write_mmap
+        from fengshen.data.mmap_dataloader.mmap_writer import write_mmap
 
         write_mmap(self.folder + "/set", documents_of(flat, ends), vocab_size=VOCAB)
 
     def open(self):
-        from fengshen.data.mmap_dataloader import MMapIndexDataset
+        from fengshen.data.mmap_dataloader.mmap_index_dataset import MMapIndexDataset
 
         self.set = MMapIndexDataset([self.folder + "/set"], ["input_ids"])
 
@@ -83,7 +83,7 @@ class Ours(Contender):
         return self.set[i]["input_ids"]
 
     def documents(self, ids):
-        return self.set.__getitems__(ids).flat["input_ids"]
+        return self.set.__getitems__(ids, copy=False).flat["input_ids"]
 
     def windows(self):
         from fengshen.data.reading import StoredWindows
@@ -138,6 +138,19 @@ class OursMegatron(Contender):
 
     def batches(self, ids):
         return map(self.windows().__getitems__, ids)
+
+
+class OursMegatronBulk(OursMegatron):
+    """The same files written from arrays, many documents at once."""
+
+    def write(self, flat, ends):
+        from fengshen.data.megatron_dataloader import IndexedDatasetBuilder
+
+        builder, lengths = IndexedDatasetBuilder(self.folder + "/m.bin", dtype=np.uint16), np.diff(ends)
+        for first in range(0, len(lengths), 10_000):
+            some = lengths[first : first + 10_000]
+            builder.add_documents(flat[ends[first] : ends[first + len(some)]], some)
+        builder.finalize(self.folder + "/m.idx")
 
 
 class NanoGPT(Contender):
@@ -295,5 +308,5 @@ class MegatronWhole(MegatronCore):
         return map(lambda batch: batch["tokens"], DataLoader(self.samples(), batch_sampler=ids.tolist()))
 
 
-OURS = dict(mmap=Ours, mmap_arrays=OursBulk, megatron=OursMegatron)
+OURS = dict(mmap=Ours, mmap_arrays=OursBulk, megatron=OursMegatron, megatron_arrays=OursMegatronBulk)
 PEERS = {"nanoGPT": NanoGPT, "datasets": Datasets, "litdata": LitData, "megatron-core": MegatronCore, "megatron-core, whole": MegatronWhole}

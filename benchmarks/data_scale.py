@@ -1,0 +1,242 @@
+"""What a corpus of two terabytes and a slow disk do to FengShen's reading; the parts `scale` and `step` of benchmarks/data.py."""
+
+import contextlib
+import json
+import mmap
+import multiprocessing
+import os
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+from data_peers import BATCH, SEED, SEQ
+
+SHARD = 1_000_000_000  # tokens: 2 GB
+SIZES = (1, 4, 16, 64, 256, 1000)  # shards of a dataset
+READ = 20_000 // BATCH  # batches
+DISK = dict(bytes_per_second=100 << 20, reads_per_second=2000)
+CGROUP = Path("/sys/fs/cgroup/blkio/fengshen-benchmark")
+
+
+def holes(work, shards):
+    """A dataset of files that are all hole: read as zeros, and no disk is taken. Their rows are of 1,000 tokens, and share one index file."""
+    from fengshen.data.mmap_dataloader.mmap_writer import publish
+
+    folder = work / f"holes-{shards}"
+    if not (folder / "manifest.json").exists():
+        folder.mkdir(exist_ok=True)
+        rows = SHARD // 1000
+        index = work / "holes.idx"
+        if not index.exists():
+            (np.arange(rows + 1, dtype="<u8") * 1000).tofile(index)
+        for k in range(shards):
+            name = folder / f"shard-{k:05d}"
+            with open(f"{name}_input_ids.bin", "wb") as f:
+                f.truncate(2 * SHARD)
+            Path(f"{name}_input_ids.idx").unlink(missing_ok=True)
+            os.link(index, f"{name}_input_ids.idx")
+            record = dict(schema=dict(input_ids="<u2"), rows=rows, elements=dict(input_ids=SHARD), block=1 << 22, sums={})
+            Path(f"{name}.json").write_text(json.dumps(record))
+        publish(folder)
+    return folder
+
+
+def solid(work, gigabytes=4):
+    """A dataset of random tokens that are on the disk: what a cold read is."""
+    from fengshen.data.mmap_dataloader.mmap_writer import ShardWriter, publish
+
+    folder = work / f"solid-{gigabytes}"
+    if not (folder / "manifest.json").exists():
+        random = np.random.default_rng(0)
+        for k in range(gigabytes):
+            writer = ShardWriter(folder, k, dict(input_ids="<u2"))
+            for _ in range(50):
+                writer.add(dict(input_ids=random.integers(0, 50_000, 10_000_000, np.uint16)), dict(input_ids=np.full(10_000, 1000)))
+            writer.close()
+        publish(folder)
+    return folder
+
+
+def forget(folder):
+    """Take a dataset out of the page cache."""
+    for path in folder.glob("*.bin"):
+        handle = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(handle)
+
+
+def memory(key="RssAnon"):
+    """Megabytes of this process."""
+    return next(int(line.split()[1]) / 1e3 for line in open("/proc/self/status") if line.startswith(key))
+
+
+def windows(folder):
+    """The dataset's windows in stored order."""
+    from fengshen.data.mmap_dataloader.mmap_index_dataset import MMapIndexDataset
+    from fengshen.data.reading import StoredWindows
+
+    return StoredWindows(MMapIndexDataset([folder], ["input_ids"]).tokens(), SEQ)
+
+
+def chosen(size, key=0):
+    """20,000 windows of all, in batches."""
+    from fengshen.data.blend import Permutation
+
+    return Permutation(size, SEED, key)[: READ * BATCH].reshape(READ, BATCH)
+
+
+def rates(data, ids, clock):
+    """Tokens a second of a pass over batches."""
+    start = clock()
+    for row in ids:
+        data.__getitems__(row)
+    return ids.size * (SEQ + 1) / (clock() - start)
+
+
+def scale(work, name):
+    """One size, in a process of its own: opening, the first batch, a cold and warm passes, memory."""
+    folder = work / name
+    ready = windows(holes(work, 1))
+    ready.__getitems__(chosen(len(ready))[0])  # imported and compiled
+    forget(folder)
+    before, start = memory(), time.perf_counter()
+    data = windows(folder)
+    opened = time.perf_counter() - start
+    ids = chosen(len(data))
+    data.__getitems__(ids[0])
+    first = time.perf_counter() - start
+    cold = rates(data, ids, time.perf_counter)
+    warm = statistics.median(rates(data, ids, time.process_time) for _ in range(5))
+    return dict(scale=dict(gigabytes=len(data.tokens) * 2 / 1e9, open_ms=opened * 1e3, first_batch_ms=first * 1e3, cold_tokens_per_second=cold,
+                           second_pass_tokens_per_second=warm, anonymous_mb=memory(), anonymous_mb_added=memory() - before, resume_ms=resuming(data)))
+
+
+def resuming(data):
+    """Milliseconds from a saved position to the batch after it, at the worst of 20 positions."""
+    from fengshen.data.blend import Blend
+    from fengshen.data.sampler import GlobalBatchSampler
+
+    found = []
+    for share in np.linspace(0, 0.999, 20):
+        sampler = GlobalBatchSampler(len(data), BATCH, order=Blend([len(data)], [1], seed=SEED))
+        state = sampler.state_dict()
+        state["consumed"] = int(len(data) * share)
+        state["blend"] = state["blend"] | dict(drawn=[state["consumed"]], since=[state["consumed"]])
+        start = time.perf_counter()
+        sampler.load_state_dict(state)
+        data.__getitems__(sampler.window()[0])
+        found.append(time.perf_counter() - start)
+    return max(found) * 1e3
+
+
+def advice(work, name):
+    """The cold rate on a real disk: `random` as FengShen maps, `usual` with the system's own reading ahead."""
+    if name == "usual":
+        del mmap.MADV_RANDOM
+    folder = solid(work)
+    data = windows(folder)
+    ids = chosen(len(data), os.getpid())[:100]
+    data.__getitems__(ids[0])
+    forget(folder)
+    return dict(cold=dict(tokens_per_second=rates(data, ids, time.perf_counter)))
+
+
+def worker(folder, number, barrier, results):
+    """One of eight readers: what it read in two seconds, and its memory."""
+    data = windows(folder)
+    ids = chosen(len(data), number)
+    rates(data, ids[:20], time.perf_counter)
+    barrier.wait()
+    count, end = 0, time.perf_counter() + 2
+    while time.perf_counter() < end:
+        rates(data, ids[:20], time.perf_counter)
+        count += 20 * BATCH * (SEQ + 1)
+    results.put((count / 2, memory(), memory("RssFile")))
+    barrier.wait()
+
+
+def workers(work, name, count=8):
+    """Eight processes on one dataset, beside one process."""
+    context, out = multiprocessing.get_context("spawn"), {}
+    for n in (1, count):
+        barrier, results = context.Barrier(n), context.Queue()
+        running = [context.Process(target=worker, args=(work / name, k, barrier, results)) for k in range(n)]
+        for process in running:
+            process.start()
+        found = [results.get() for _ in running]
+        for process in running:
+            process.join()
+        out[f"workers_{n}"] = dict(tokens_per_second=sum(f[0] for f in found), anonymous_mb_each=max(f[1] for f in found))
+    return out
+
+
+@contextlib.contextmanager
+def slow_disk(device):
+    """This process reads no faster from the disk than `DISK` says; needs a cgroup (version 1, blkio) that one may write."""
+    CGROUP.mkdir(exist_ok=True)
+    for key, limit in (("read_bps", DISK["bytes_per_second"]), ("read_iops", DISK["reads_per_second"])):
+        (CGROUP / f"blkio.throttle.{key}_device").write_text(f"{device} {limit}")
+    (CGROUP / "cgroup.procs").write_text(str(os.getpid()))
+    yield
+    (CGROUP.parent / "cgroup.procs").write_text(str(os.getpid()))
+    CGROUP.rmdir()
+
+
+def loader(data, key):
+    """FengShen's training loader over windows."""
+    from fengshen.data.batch import Batch, finish
+    from fengshen.data.blend import Blend
+    from fengshen.data.sampler import GlobalBatchSampler, TrainLoader
+
+    def collate(ids):
+        return finish(Batch(input_ids=ids, labels=ids), ids.numel())
+
+    return TrainLoader(data, GlobalBatchSampler(len(data), BATCH, order=Blend([len(data)], [1], seed=key)), collate)
+
+
+def waiting(data, tokens_per_second, key, steps=20):
+    """Share of the time of `steps` training steps that was spent waiting for the next batch; a step is a sleep. The first batch is not counted."""
+    batches = iter(loader(data, key))
+    next(batches)
+    waited, begin = 0.0, time.perf_counter()
+    for _ in range(steps):
+        time.sleep(BATCH * SEQ / tokens_per_second)
+        start = time.perf_counter()
+        next(batches)
+        waited += time.perf_counter() - start
+    return waited / (time.perf_counter() - begin)
+
+
+def step(work, name):
+    """Waiting at two speeds of training: warm, cold, and from a slow disk."""
+    rate, state = name.split()
+    data = windows(solid(work))
+    key = os.getpid()
+    numbers = dict(tokens_per_second=int(rate))
+    if state == "warm":
+        rates(data, chosen(len(data), key)[:40], time.perf_counter)
+        list(zip(range(25), loader(data, key)))
+    else:
+        forget(work / "solid-4")
+    throttle = slow_disk(device_of(work)) if state == "slow" else contextlib.nullcontext()
+    with throttle:
+        numbers["waiting"] = waiting(data, int(rate), key, steps=8 if int(rate) < 100_000 else 40)
+    return {f"step, {state}": numbers | (DISK if state == "slow" else {})}
+
+
+def device_of(path):
+    """"major:minor" of the disk a path is on."""
+    number = os.stat(path).st_dev
+    return f"{os.major(number)}:{os.minor(number)}"
+
+
+def epoch(work, name):
+    """Anonymous memory over an epoch of the training loader: megabytes at ten places of it."""
+    data = windows(holes(work, 1))
+    batches, found = iter(loader(data, 0)), []
+    total = len(data) // BATCH
+    for number, _ in enumerate(batches):
+        if number % (total // 10) == 0:
+            found.append(memory())
+    return dict(epoch=dict(batches=total, first_mb=found[1], last_mb=found[-1], most_mb=max(found)))
