@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MANIFEST', 'FORMAT', 'VERSION', 'BLOCK', 'KINDS', 'shard_name', 'file_name', 'choose_dtype', 'fitted', 'Column',
            'column', 'columns', 'files_of', 'Sums', 'sync', 'write_json', 'read_json', 'read_manifest',
-           'tokenizer_mark', 'check_tokenizer']
+           'tokenizer_mark', 'check_tokenizer', 'Stored', 'stored']
 
 # %% ../../../nbs/api/data/mmap_dataloader/mmap_format.ipynb #074d052a
 import json
@@ -214,3 +214,28 @@ def check_tokenizer(
     if written is not None and written["fingerprint"] != wanted["fingerprint"]:
         raise ValueError(explain(f"{folder} was written with another tokenizer", f"{written['name']} ({written['fingerprint'][:8]})",
                                  f"{wanted['name']} ({wanted['fingerprint'][:8]})", "give the tokenizer it was written with, or tokenise the text again"))
+
+# %% ../../../nbs/api/data/mmap_dataloader/mmap_format.ipynb #4a59ceed
+class Stored(NamedTuple):
+    "The files of a dataset."
+
+    place: str  # The folder or prefix, for messages
+    columns: dict  # {name: Column}
+    rows: list  # Rows of each shard
+    values: dict  # {name: (files, numbers in each)}
+    index: dict  # {name: (files, numbers in each, bytes before them or None, type)}
+    step: int  # Numbers of the index for each row: 1 where a row ends at the beginning of the next, 2 where both are written
+    fingerprint: str  # Identity of the content
+    tokenizer: dict | None  # Mark of the tokenizer
+
+
+def stored(
+    folder,  # Of a dataset
+) -> Stored:
+    "The files of a dataset in this format, from its manifest alone."
+    manifest = read_manifest(folder)
+    kinds, shards = columns(manifest["schema"]), manifest["shards"]
+    rows, prefixes = [s["rows"] for s in shards], [os.path.join(folder, s["prefix"]) for s in shards]
+    values = {name: ([f"{p}_{name}.bin" for p in prefixes], [s["elements"][name] for s in shards]) for name in kinds}
+    index = {name: ([f"{p}_{name}.idx" for p in prefixes], [n + 1 for n in rows], None, "<u8") for name, c in kinds.items() if c.index == name}
+    return Stored(str(folder), kinds, rows, values, index, 1, manifest["fingerprint"], manifest["tokenizer"])
