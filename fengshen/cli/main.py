@@ -48,6 +48,12 @@ def _data(args):
     return run_data(args)
 
 
+def _preprocess(args):
+    from fengshen.cli.preprocess import run_preprocess
+
+    run_preprocess(args)
+
+
 def _validate(args):
     from fengshen.cli.fit import make_cli, run_validate, split_args
 
@@ -127,6 +133,7 @@ VERBS = dict(
     fit=(_fit, "train a recipe: fengshen fit -c demo --trainer.max_steps 100"),
     doctor=(_doctor, "find what would stop a run, before it starts: fengshen doctor -c demo"),
     data=(_data, "look at samples, tokens and mask, or print the report: fengshen data show -c demo --find TEXT"),
+    preprocess=(_preprocess, "make a dataset of raw text: fengshen preprocess FILES --out FOLDER --tokenizer FOLDER"),
     validate=(_validate, "loss, perplexity and sampled answers of a model: fengshen validate -c demo --model.path FOLDER"),
     generate=(_generate, "continue prompts: fengshen generate FOLDER --prompt TEXT"),
     chat=(_chat, "talk to a model with the template it was trained with: fengshen chat FOLDER"),
@@ -137,7 +144,7 @@ VERBS = dict(
 # %% ../../nbs/api/cli/main.ipynb #c51ce410
 def usage() -> str:
     "The help text."
-    lines = [f"  {verb:10}{text}" for verb, (_, text) in VERBS.items()]
+    lines = [f"  {verb:12}{text}" for verb, (_, text) in VERBS.items()]
     return "\n".join([f"fengshen {__version__}: pretrain and finetune language models", "", "usage: fengshen VERB ...  (fengshen VERB --help for its words)", "", *lines])
 
 

@@ -17,7 +17,7 @@ from ..mmap_dataloader.mmap_format import read_json, write_json
 from .filters import fault, text_hash
 from .texts import FIELDS, texts_of
 from .tokenise import Tokeniser, overlapped
-from ..task_dataloader.formats import BadLine, file_format
+from ..task_dataloader.formats import BadLine, unpacked_ratio
 from ..task_dataloader.records import Skipped, Source, shown
 from ...utils.core import explain, patch
 
@@ -79,7 +79,7 @@ def documents(
 def hash_unit(
     job,  # A `Job`
     number,  # Of the unit
-    advance,  # Called with (bytes of input, tokens) now and then
+    advance,  # Called with (bytes of input, bytes of text, tokens) now and then
 ):
     "Write the hashes of a unit's documents."
     bad_line, counts = refuse if job.on_bad_line == "error" else ignore, Counter()
@@ -87,29 +87,25 @@ def hash_unit(
     hashes = []
     for texts in chunks(documents(job, number, counts, bad_line), reached):
         hashes += map(text_hash, texts)
+        reached.tell()
     partial = job.file("hashes", number, "part.npy")
     np.save(partial, np.array(hashes, np.uint64))
     partial.replace(job.file("hashes", number, "npy"))
-    reached.end()
+    reached.tell(end=True)
 
 
 class Reached:
-    "How far a unit is: its input in bytes, estimated from its text where the input is compressed."
+    "How far a unit is: text that was read, and input in bytes, estimated from the text where it is compressed."
 
     def __init__(self, job, number, advance):
-        self.size, self.advance, self.text, self.told = job.size(number), advance, 0, 0
-        self.ratio = 4 if any(file_format(piece.path)[1] for piece in job.units[number]) else 1
+        self.size, self.advance, self.text, self.told = job.size(number), advance, 0, (0, 0)
+        self.ratio = unpacked_ratio(job.units[number][0].path)
 
-    def tell(self, tokens=0):
+    def tell(self, tokens=0, end=False):
         "Tell what was reached since the last call."
-        now = min(self.text // self.ratio, self.size)
-        self.advance(now - self.told, tokens)
-        self.told = now
-
-    def end(self):
-        "Tell that the unit is done."
-        self.text = self.size * self.ratio
-        self.tell()
+        now = self.size if end else min(int(self.text / self.ratio), self.size)
+        self.advance(now - self.told[0], self.text - self.told[1], tokens)
+        self.told = now, self.text
 
 # %% ../../../nbs/api/data/preprocess/build.ipynb #34491864
 CHUNK, CHUNK_BYTES = 1000, 1 << 20
@@ -160,7 +156,7 @@ def kept(
 def build_unit(
     job,  # A `Job`
     number,  # Of the unit
-    advance,  # Called with (bytes of input, tokens) now and then
+    advance,  # Called with (bytes of input, bytes of text, tokens) now and then
 ):
     "Write a unit's part, and its counts."
     counts, reached = Counter(), Reached(job, number, advance)
@@ -171,7 +167,7 @@ def build_unit(
             reached.tell(len(tokens.ids))
         counts["bytes"] = reached.text
         write_json(job.file("counts", number, "json"), counts)
-    reached.end()
+    reached.tell(end=True)
 
 
 def count(counts, texts, tokens, unknown):

@@ -21,7 +21,7 @@ def run_here(
     function,  # Called with (job, number, advance)
     job,  # What every unit is done with
     numbers,  # The units to do
-    advance,  # Called with (bytes of input, tokens) now and then
+    advance,  # Called with (bytes of input, bytes of text, tokens) now and then
     workers=1,  # Not used
 ):
     "The number of each unit when it is done, in this process."
@@ -62,13 +62,12 @@ def end_with_parent():
     os._exit(1)
 
 
-def add_up(bytes_, tokens):
+def add_up(*moved):
     "Tell the parent what was done; stop where it says so."
-    if SHARED[2]:
+    if SHARED[3]:
         raise InterruptedError("another unit failed")
     with SHARED.get_lock():
-        SHARED[0] += bytes_
-        SHARED[1] += tokens
+        SHARED[:3] = [sum(pair) for pair in zip(SHARED, moved)]
 
 
 def work(function, number) -> int:
@@ -80,31 +79,32 @@ def work(function, number) -> int:
 def run_processes(function, job, numbers, advance, workers=2):
     "The number of each unit when it is done, in several processes."
     context = multiprocessing.get_context("spawn")
-    shared, told = context.Array("q", 3), [0, 0]  # bytes, tokens, whether to stop
+    shared, told = context.Array("q", 4), [0, 0, 0]  # bytes of input, bytes of text, tokens, whether to stop
     threads = max(1, (os.cpu_count() or 1) // workers)
     pool = ProcessPoolExecutor(workers, context, begin, (job, shared, threads))
     try:
         waiting = {pool.submit(work, function, number) for number in numbers}
         while waiting:
             done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
-            advance(shared[0] - told[0], shared[1] - told[1])
-            told = shared[:2]
+            now = shared[:3]
+            advance(*(there - here for there, here in zip(now, told)))
+            told = now
             yield from [future.result() for future in done]
     except BrokenProcessPool:
         expected, do = "processes that live until their work is done", "start again with fewer --workers: finished parts are kept"
         raise ValueError(explain("a worker process was killed, perhaps because memory was short", f"{workers} workers", expected, do)) from None
     finally:
-        shared[2] = 1
+        shared[3] = 1
         pool.shutdown(cancel_futures=True)
 
 # %% ../../../nbs/api/data/preprocess/engines.ipynb #8ffead6b
 def ray_unit(function, job, number, folder) -> tuple:
-    "(number, bytes of input, tokens) of a unit done in a Ray task: one core each."
+    "(number, bytes of input, bytes of text, tokens) of a unit done in a Ray task: one core each."
     os.environ["RAYON_NUM_THREADS"] = "1"
     os.chdir(folder)
     moved = []
     function(job, number, lambda *step: moved.append(step))
-    return number, sum(b for b, _ in moved), sum(t for _, t in moved)
+    return number, *map(sum, zip(*moved))
 
 
 def run_ray(function, job, numbers, advance, workers=None):

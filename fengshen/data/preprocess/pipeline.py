@@ -8,7 +8,7 @@ __all__ = ['REASONS', 'input_files', 'make_plan', 'check_plan', 'Report', 'summe
 
 # %% ../../../nbs/api/data/preprocess/pipeline.ipynb #b37a60ef
 import errno
-import json
+import itertools
 import os
 import shutil
 from collections import Counter
@@ -91,18 +91,20 @@ def summed(job) -> Counter:
 
 # %% ../../../nbs/api/data/preprocess/pipeline.ipynb #1963585b
 class Bar:
-    "A progress bar over the bytes of the input, with tokens a second and the time left."
+    "A progress bar over the input, with megabytes of text and tokens a second, and the time left."
 
     def __init__(self, job, what, left):
-        total = sum(map(job.size, range(len(job.units))))
-        self.bar, self.tokens = tqdm(desc=what, total=total, initial=total - sum(map(job.size, left)), unit="B", unit_scale=True, disable=not is_main_process()), 0
+        total, to_do = (sum(map(job.size, units)) for units in (range(len(job.units)), left))
+        shape = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+        self.bar = tqdm(desc=what, total=total, initial=total - to_do, bar_format=shape, disable=not is_main_process())
+        self.done = [0, 0]
 
-    def __call__(self, bytes_, tokens):
-        "Move on."
-        self.tokens += tokens
-        seconds = self.bar.format_dict["elapsed"]
-        if self.tokens and seconds:
-            self.bar.set_postfix_str(f"{tqdm.format_sizeof(self.tokens / seconds)} tokens/s", refresh=False)
+    def __call__(self, bytes_, *moved):
+        "Move on by bytes of input, bytes of text and tokens."
+        self.done = [sum(pair) for pair in zip(self.done, moved)]
+        seconds = max(self.bar.format_dict["elapsed"], 1e-3)
+        text, tokens = (tqdm.format_sizeof(n / seconds) for n in self.done)
+        self.bar.set_postfix_str(f"{text}B/s, {tokens} tokens/s", refresh=False)
         self.bar.update(bytes_)
 
 

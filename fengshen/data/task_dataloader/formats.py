@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['LINES', 'FORMATS', 'OPENERS', 'INSIDE', 'READERS', 'BadLine', 'decode', 'parse_line', 'file_format', 'open_zst',
-           'Unpacked', 'open_bytes', 'numbered_lines', 'attempt', 'read_lines', 'is_lines', 'records_in', 'read_json',
-           'row_record', 'rows_of', 'read_csv', 'arrow_file', 'wanted', 'batches', 'batch_rows', 'read_arrow']
+           'Unpacked', 'open_bytes', 'unpacked_ratio', 'numbered_lines', 'attempt', 'read_lines', 'is_lines',
+           'records_in', 'read_json', 'row_record', 'rows_of', 'read_csv', 'arrow_file', 'wanted', 'batches',
+           'batch_rows', 'read_arrow']
 
 # %% ../../../nbs/api/data/task_dataloader/formats.ipynb #0d6237b7
 import ast
@@ -72,11 +73,13 @@ def file_format(
     return kind if kind in FORMATS else "", packed
 
 
-def open_zst(path, mode="rb"):
+def open_zst(
+    file,  # Open, gives compressed bytes
+):
     "The decompressed bytes of a .zst file, through Arrow: Python has no zstd of its own before 3.14."
     import pyarrow as pa
 
-    return pa.CompressedInputStream(pa.OSFile(str(path)), "zstd")
+    return pa.CompressedInputStream(pa.PythonFile(file), "zstd")
 
 
 OPENERS = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open, ".zst": open_zst}
@@ -87,10 +90,10 @@ class Unpacked(io.RawIOBase):
 
     def __init__(
         self,
-        file,  # Open, gives decompressed bytes
-        path,  # Its name, for the message
+        path,  # A file whose name ends like one of `OPENERS`
     ):
-        self.file, self.path = file, path
+        self.path, self.packed = path, open(path, "rb")
+        self.file = OPENERS[file_format(path)[1]](self.packed)
 
     def readable(self):
         return True
@@ -106,6 +109,7 @@ class Unpacked(io.RawIOBase):
 
     def close(self):
         self.file.close()
+        self.packed.close()
         super().close()
 
 
@@ -113,8 +117,17 @@ def open_bytes(
     path,  # A file, compressed or not
 ):
     "A binary file to read, decompressed on the way."
-    packed = file_format(path)[1]
-    return io.BufferedReader(Unpacked(OPENERS[packed](path, "rb"), path), 1 << 18) if packed else open(path, "rb")
+    return io.BufferedReader(Unpacked(path), 1 << 18) if file_format(path)[1] else open(path, "rb")
+
+
+def unpacked_ratio(
+    path,  # A file, compressed or not
+) -> float:
+    "How many bytes come out of a byte of the file, judged by the first 4 MB; 1 where it is not compressed."
+    if not file_format(path)[1]:
+        return 1.0
+    with open_bytes(path) as f:
+        return max(len(f.read(4 << 20)), 1) / max(f.raw.packed.tell(), 1)
 
 # %% ../../../nbs/api/data/task_dataloader/formats.ipynb #eb49826a
 def numbered_lines(
