@@ -22,10 +22,10 @@ from ...utils.kernels.loops import fast
 
 # %% ../../../nbs/api/data/megatron_dataloader/gpt_dataset.ipynb #dbf270db
 def gather_plain(flat, starts, unit, sizes, documents, samples, shuffle, ids, pad, out):
-    "The loop below in NumPy: a slice at a time."
+    "Fill the rows of `out`; -1 - a row if its number is outside or it leads outside the file, else 0 or more."
     for b, i in enumerate(ids.tolist()):
         if not 0 <= i < len(shuffle):
-            return 1 + b
+            return -1 - b
         (place, offset), done, width = samples[shuffle[i]].tolist(), 0, out.shape[1]
         while done < width and place < len(documents):
             k = int(documents[place])
@@ -37,31 +37,42 @@ def gather_plain(flat, starts, unit, sizes, documents, samples, shuffle, ids, pa
         out[b, done:] = pad
     return 0
 
-
+# %% ../../../nbs/api/data/megatron_dataloader/gpt_dataset.ipynb #c964e609
 @fast(gather_plain)
 def gather(flat, starts, unit, sizes, documents, samples, shuffle, ids, pad, out):
-    "Fill the rows of `out`; 0, or 1 + a row whose number is outside, or -1 - a row that leads outside the file."
-    width = out.shape[1]
+    "Fill the rows of `out`; -1 - a row if its number is outside or it leads outside the file, else 0 or more."
+    width, pieces, rows = out.shape[1], 0, np.empty(len(ids), np.int64)
     for b in range(len(ids)):
         if ids[b] < 0 or ids[b] >= len(shuffle):
-            return 1 + b
-        row = shuffle[ids[b]]
-        place, offset, done = np.int64(samples[row, 0]), np.int64(samples[row, 1]), 0
-        while done < width and place < len(documents):
+            return -1 - b
+        rows[b] = shuffle[ids[b]]
+    for row in rows:
+        pieces += samples[row + 1, 0] - samples[row, 0] + 1
+    plan, pieces = np.empty((pieces, 3), np.int64), 0
+    for b in range(len(ids)):
+        place, last, offset, done = np.int64(samples[rows[b], 0]), samples[rows[b] + 1, 0], np.int64(samples[rows[b], 1]), 0
+        while done < width and place <= last:
             k = documents[place]
             start, take = starts[k] // unit + offset, min(sizes[k] - offset, width - done)
             if start < 0 or take < 0 or start + take > len(flat):
                 return -1 - b
-            source, target = flat[start : start + take], out[b, done : done + take]
+            plan[pieces, 0], plan[pieces, 1], plan[pieces, 2] = start, take, b * width + done
+            place, offset, done, pieces = place + 1, 0, done + take, pieces + 1
+        out[b, done:] = pad
+    out, line, touched = out.reshape(-1), 64 // flat.itemsize, 0
+    for first in range(0, pieces, 16):
+        last = min(first + 16, pieces)
+        for p in range(first, last):
+            for j in range(plan[p, 0], plan[p, 0] + plan[p, 1], line):
+                touched |= np.int64(flat[j]) & 1
+        for p in range(first, last):
+            start, take, done = plan[p, 0], plan[p, 1], plan[p, 2]
+            source, target = flat[start : start + take], out[done : done + take]
             for j in range(take):
                 target[j] = source[j]
-            place += 1
-            offset = 0
-            done += take
-        out[b, done:] = pad
-    return 0
+    return touched
 
-# %% ../../../nbs/api/data/megatron_dataloader/gpt_dataset.ipynb #c964e609
+# %% ../../../nbs/api/data/megatron_dataloader/gpt_dataset.ipynb #70b6e7f5
 class GPTDataset:
     "Samples of an `IndexedDataset` in Megatron's order: `ds[i]` is int64 [length + 1], `ds.__getitems__(ids)` a batch of them."
 
@@ -93,7 +104,7 @@ class GPTDataset:
         "What is in it."
         return f"GPTDataset: {len(self):,} samples of {self.width:,} tokens, from {len(self.document_index):,} sequences"
 
-# %% ../../../nbs/api/data/megatron_dataloader/gpt_dataset.ipynb #71a4cab8
+# %% ../../../nbs/api/data/megatron_dataloader/gpt_dataset.ipynb #85a7243f
 @patch
 def open(self: GPTDataset):
     "Map the order from the cache, or build it."
@@ -126,12 +137,12 @@ def get_fingerprint(self: GPTDataset) -> str:
 
 GPTDataset.fingerprint = property(get_fingerprint, doc="Identity of the corpus and of the order, 32 hex digits.")
 
-# %% ../../../nbs/api/data/megatron_dataloader/gpt_dataset.ipynb #70b6e7f5
+# %% ../../../nbs/api/data/megatron_dataloader/gpt_dataset.ipynb #44e4c045
 @patch
 def __getitems__(
     self: GPTDataset,
     ids,  # Numbers of samples, each from 0
-    copy=False,  # False: in a buffer that is overwritten after eight more batches; True: in memory of its own
+    copy=False,  # False: in a buffer that a later batch overwrites (see `fengshen.data.reading.Ring`); True: in memory of its own
 ) -> torch.Tensor:
     "int64 [len(ids), width]: the batch."
     ids = np.asarray(ids, np.int64)
@@ -140,9 +151,9 @@ def __getitems__(
         array = batch.numpy()
     else:
         array, batch = self.ring.take((len(ids), self.width))
-    if (bad := gather(*self.sources, ids, self.pad, array)) > 0:
-        raise IndexError(f"sample {ids[bad - 1]:,} of {len(self):,}")
-    if bad < 0:
+    if (bad := gather(*self.sources, ids, self.pad, array)) < 0:
+        if not 0 <= ids[-1 - bad] < len(self):
+            raise IndexError(f"sample {ids[-1 - bad]:,} of {len(self):,}")
         raise ValueError(explain(f"{self.dataset.idx} leads outside {self.dataset.bin}", f"sample {ids[-1 - bad]}", "sequences inside the file", "the index is damaged"))
     return batch
 
