@@ -136,7 +136,7 @@ class FengshenCLI(LightningCLI):
         prog,  # For the usage line
         args,  # Words to parse
     ):
-        self.classes = dict(model=classes["module"].__init__, data=classes["datamodule"].__init__)
+        self.classes = dict(model=classes["module"], data=classes["datamodule"])
         self.name, self.make_callbacks = name, callbacks or (lambda config: [])
         super().__init__(
             classes["module"], classes["datamodule"], trainer_class=Trainer, trainer_defaults=trainer_defaults(), seed_everything_default=42,
@@ -149,7 +149,9 @@ class FengshenCLI(LightningCLI):
         add_run_keys(parser)
         parser.usage = f"{parser.prog} -c RECIPE [--any.key VALUE ...]"
         for group, part in self.classes.items():
-            add_help(parser, group, part)
+            for base in reversed(part.__mro__):  # a class passes on what it does not name
+                if inspect.isfunction(base.__dict__.get("__init__")):
+                    add_help(parser, group, base.__init__)
         parser.set_defaults({"run_dir": str(Path("runs") / self.name)})
 
     def before_instantiate_classes(self):

@@ -1,6 +1,9 @@
 "The sampler under any sizes, splits and stops, and under a real Lightning trainer."
 
 import itertools
+import json
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fengshen.data.batch import pad_rows
+from fengshen.data.blend import Blend, Permutation, blend_loop
 from fengshen.data.sampler import EvalLoader, GlobalBatchSampler, TrainLoader, by_length, epoch_order, mixed
 
 settings.register_profile("house", deadline=None)  # a loaded machine is not a failure
@@ -293,3 +297,92 @@ def test_under_lightning_a_checkpoint_of_other_data_is_refused(tmp_path):
     trainer = pl.Trainer(max_steps=2, enable_checkpointing=False, **QUIET)
     with pytest.raises(ValueError, match="size differs"):
         trainer.fit(Recorder(), loader(size=12), ckpt_path=tmp_path / "step=1.ckpt")
+
+
+# Orders that are computed where they are looked at
+
+
+@given(st.integers(1, 3000), st.lists(st.integers(0, 2**40), max_size=3))
+def test_a_permutation_is_one_and_any_part_of_it_is_the_same(size, key):
+    order = Permutation(size, *key)
+    whole = order[:]
+    assert sorted(whole.tolist()) == list(range(size))
+    at = np.random.default_rng(0).integers(0, size, 20)
+    assert (order[at] == whole[at]).all() and (order[size // 3 : size // 2] == whole[size // 3 : size // 2]).all()
+
+
+def test_a_permutation_looks_like_chance():
+    "Places of neighbours, and the share of numbers that stay in their half, are those of a shuffle, within five standard errors."
+    for size in (1000, 4097, 10_000):
+        whole = np.concatenate([Permutation(size, 5, e)[:] for e in range(40)]).reshape(40, size)
+        stays = ((whole < size // 2) == (np.arange(size) < size // 2)).mean()
+        assert abs(stays - 0.5) < 5 * 0.5 / np.sqrt(40 * size)
+        jumps = np.abs(np.diff(whole, axis=1)).mean() / size
+        assert abs(jumps - 1 / 3) < 5 * 0.2357 / np.sqrt(40 * size)
+        assert np.abs(np.corrcoef(whole[:10])[np.triu_indices(10, 1)]).max() < 5 / np.sqrt(size), "epochs have nothing to do with each other"
+
+
+corpora = st.lists(st.tuples(st.integers(1, 30), st.floats(0.01, 9)), min_size=1, max_size=5)
+
+
+@given(corpora, st.integers(0, 200), st.integers(0, 200))
+def test_a_blend_cut_anywhere_is_the_whole(given_corpora, one, two):
+    blend = Blend(*zip(*given_corpora), seed=3)
+    whole, end = blend.draw(blend.cursors, one + two)
+    first, middle = blend.draw(blend.cursors, one)
+    middle = blend.take_up(json.loads(json.dumps(blend.state(middle))))
+    second, last = blend.draw(middle, two)
+    assert (np.concatenate([first, second]) == whole).all() and (last == end).all()
+
+
+@given(corpora, st.integers(1, 300))
+def test_shares_of_a_blend_and_its_rounds(given_corpora, count):
+    blend = Blend(*zip(*given_corpora), seed=3)
+    numbers, _ = blend.draw(blend.cursors, count)
+    which = np.searchsorted(blend.starts, numbers, "right") - 1
+    for k, size in enumerate(blend.sizes):
+        mine = numbers[which == k] - blend.starts[k]
+        assert abs(len(mine) - count * blend.weights[k]) < len(blend.sizes), "no corpus is further from its share than there are corpora"
+        for first in range(0, len(mine) - int(size) + 1, int(size)):
+            assert sorted(mine[first : first + size].tolist()) == list(range(size)), "every sample once a round"
+
+
+@given(corpora, st.integers(0, 100))
+def test_the_loops_of_a_blend_agree(given_corpora, count):
+    weights = np.array([w for _, w in given_corpora]) / sum(w for _, w in given_corpora)
+    results = []
+    for run in (blend_loop.plain, blend_loop.loop, blend_loop.ready()):
+        used, corpus, place = np.arange(len(weights), dtype=np.int64), np.empty(count, np.int16), np.empty(count, np.int64)
+        run(weights, used, corpus, place)
+        results.append((corpus.tolist(), place.tolist(), used.tolist()))
+    assert results[0] == results[1] == results[2]
+
+
+# Reading ahead
+
+
+def test_a_loader_that_nobody_reads_any_more_ends_its_thread():
+    before = threading.active_count()
+    stream = iter(TrainLoader(list(range(100)), GlobalBatchSampler(100, 2), lambda samples: dict(num_labels=len(samples))))
+    next(stream)
+    assert threading.active_count() == before + 1
+    stream.close()
+    until = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < until:
+        time.sleep(0.01)
+    assert threading.active_count() == before
+
+
+def test_what_fails_while_reading_ahead_is_raised_in_its_place():
+    class Broken(list):
+        def __getitem__(self, i):
+            if i == 7:
+                raise OSError("sector 7 is gone")
+            return super().__getitem__(i)
+
+    loader = TrainLoader(Broken(range(10)), GlobalBatchSampler(10, 2, shuffle=False), lambda samples: dict(samples=samples, num_labels=1))
+    taken = []
+    with pytest.raises(OSError, match="sector 7"):
+        for batch in loader:
+            taken += batch["samples"]
+    assert taken == [0, 1, 2, 3, 4, 5] and loader.state_dict()["consumed"] == 6

@@ -256,8 +256,7 @@ def write_report(
     "Write `data.json`, and beside it every line that was skipped and every text that was cut, as JSONL."
     (Path(folder) / "data.json").write_text(json.dumps(self.report(), ensure_ascii=False, indent=1), "utf-8")
     for split in self.report():
-        for name in ("skipped", "cuts"):
-            source = Path(getattr(self.sets[split], "folder", "")) / f"{name}.jsonl"
-            if source.is_file() and source.stat().st_size:
-                shutil.copyfile(source, Path(folder) / f"{split}_{name}.jsonl")
+        for source in (self.sets[split].folder / f"{name}.jsonl" for name in ("skipped", "cuts") if hasattr(self.sets[split], "folder")):
+            if source.exists() and source.stat().st_size:
+                shutil.copyfile(source, Path(folder) / f"{split}_{source.name}")
 
