@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fengshen.data.batch import pad_rows
-from fengshen.data.blend import Blend, Permutation, blend_loop
+from fengshen.data.blend import Blend, Permutation
 from fengshen.data.sampler import EvalLoader, GlobalBatchSampler, TrainLoader, by_length, epoch_order, mixed
 
 settings.register_profile("house", deadline=None)  # a loaded machine is not a failure
@@ -345,17 +345,6 @@ def test_shares_of_a_blend_and_its_rounds(given_corpora, count):
         assert abs(len(mine) - count * blend.weights[k]) < len(blend.sizes), "no corpus is further from its share than there are corpora"
         for first in range(0, len(mine) - int(size) + 1, int(size)):
             assert sorted(mine[first : first + size].tolist()) == list(range(size)), "every sample once a round"
-
-
-@given(corpora, st.integers(0, 100))
-def test_the_loops_of_a_blend_agree(given_corpora, count):
-    weights = np.array([w for _, w in given_corpora]) / sum(w for _, w in given_corpora)
-    results = []
-    for run in (blend_loop.plain, blend_loop.loop, blend_loop.ready()):
-        used, corpus, place = np.arange(len(weights), dtype=np.int64), np.empty(count, np.int16), np.empty(count, np.int64)
-        run(weights, used, corpus, place)
-        results.append((corpus.tolist(), place.tolist(), used.tolist()))
-    assert results[0] == results[1] == results[2]
 
 
 # Reading ahead
