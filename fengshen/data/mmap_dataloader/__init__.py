@@ -6,6 +6,9 @@
 __all__ = []
 
 # %% ../../../nbs/api/data/mmap_dataloader/index.ipynb #fc1a3c79
+from .mmap_convert import convert
+from .mmap_datamodule import MMapDataModule
 from .mmap_format import choose_dtype, read_manifest, tokenizer_mark
 from .mmap_index_dataset import MMapIndexDataset, RaggedBatch
+from .mmap_verify import verify
 from .mmap_writer import ShardWriter, finished, publish, write_mmap

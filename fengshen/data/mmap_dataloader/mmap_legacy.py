@@ -105,18 +105,18 @@ def original(
 # %% ../../../nbs/api/data/mmap_dataloader/mmap_legacy.ipynb #ff3dc35b
 def write_original(
     prefix,  # The files are PREFIX_NAME.npy and PREFIX_NAME.bin
-    rows,  # Dicts {name: sequence of whole numbers}, all with the same names
+    parts,  # ({name: values of some rows}, {name: their lengths}), as `ShardWriter.add` takes them; lengths for all names
 ) -> int:
     "Write the original's files; the number of rows."
     files, lengths = {}, {}
-    for row in rows:
-        for name, values in row.items():
+    for flat, sizes in parts:
+        for name, values in flat.items():
             if name not in files:
                 files[name], lengths[name] = open(f"{prefix}_{name}.bin", "wb"), array("q")
             files[name].write(np.asarray(values, "<i8").tobytes())
-            lengths[name].append(len(values))
+            lengths[name].frombytes(np.asarray(sizes[name], np.int64).tobytes())
     for name, file in files.items():
         file.close()
         ends = np.cumsum(lengths[name], dtype="<i8")
         np.save(f"{prefix}_{name}.npy", np.stack([ends - lengths[name], ends], axis=1))
-    return len(next(iter(lengths.values()), []))
+    return len(next(iter(lengths.values()), ()))

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['HashedFile', 'ShardWriter', 'finished', 'summary', 'identity', 'publish', 'values_of', 'batches', 'joined',
-           'by_column', 'packed', 'last_row', 'unwritten', 'guessed', 'write_mmap', 'write_shards']
+           'by_column', 'packed', 'last_row', 'unwritten', 'begun', 'write_shards', 'guessed', 'write_mmap']
 
 # %% ../../../nbs/api/data/mmap_dataloader/mmap_writer.ipynb #74ceff2e
 import json
 import shutil
 from collections import deque
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -296,6 +296,43 @@ def unwritten(
     return rows
 
 # %% ../../../nbs/api/data/mmap_dataloader/mmap_writer.ipynb #42ddbdce
+def begun(folder, append=False, tokenizer=None) -> tuple:
+    "({number: record} of the finished shards, the same of those that no manifest lists); refuses a dataset that is there, or another's tokenizer."
+    folder, known = Path(folder), {}
+    if (folder / MANIFEST).exists():
+        known = read_manifest(folder)
+        if not append:
+            raise ValueError(explain(f"{folder} holds a dataset already", f"{known['rows']:,} rows", "a folder without one", "give append=True to add to it, or another folder"))
+    if tokenizer is not None:
+        check_tokenizer(folder, known.get("tokenizer"), tokenizer)
+    listed, done = {s["prefix"] for s in known.get("shards", ())}, finished(folder)
+    return done, {n: record for n, record in done.items() if shard_name(n) not in listed}
+
+
+def write_shards(
+    folder,  # Of the dataset
+    parts,  # (flat, lengths) of some rows each, as `ShardWriter.add` takes them
+    schema,  # {name: type}
+    number,  # Of the first shard to write; where it is 0, at least one is written
+    shard_values,  # A shard is closed when its longest column has so many values
+):
+    "Write rows as shards, one after the other."
+    writer = ShardWriter(folder, 0, schema) if number == 0 else None
+    try:
+        for flat, lengths in parts:
+            writer = writer or ShardWriter(folder, number, schema)
+            writer.add(flat, lengths)
+            if max(writer.elements.values()) >= shard_values:
+                writer.close()
+                writer, number = None, number + 1
+        if writer:
+            writer.close()
+    except BaseException:
+        if writer:
+            writer.abort()
+        raise
+
+# %% ../../../nbs/api/data/mmap_dataloader/mmap_writer.ipynb #eef87ae4
 def guessed(held, vocab_size=None) -> dict:
     "A schema for rows: their names, and the smallest types."
     names = held[0] if isinstance(held[0], dict) else ["input_ids"]
@@ -312,38 +349,13 @@ def write_mmap(
     shard_values=1 << 30,  # A shard is closed when its longest column has so many values
 ) -> dict:
     "Write rows as a dataset, or go on with what an interrupted call left; its manifest."
-    folder, known = Path(folder), {}
-    if (folder / MANIFEST).exists():
-        known = read_manifest(folder)
-        if not append:
-            raise ValueError(explain(f"{folder} holds a dataset already", f"{known['rows']:,} rows", "a folder without one", "give append=True to add to it, or another folder"))
     if tokenizer is not None:
         tokenizer = tokenizer_mark(tokenizer)
-        check_tokenizer(folder, known.get("tokenizer"), tokenizer)
         vocab_size = vocab_size or tokenizer["vocab_size"]
-    listed, done = {s["prefix"] for s in known.get("shards", ())}, finished(folder)
-    rows = unwritten(rows, folder, {n: record for n, record in done.items() if shard_name(n) not in listed})
-    schema = schema or next((record["schema"] for record in done.values()), None)
-    write_shards(folder, batches(rows, min(1 << 20, shard_values)), schema, vocab_size, max(done, default=-1) + 1, shard_values)
+    done, waiting = begun(folder, append, tokenizer)
+    held = batches(unwritten(rows, folder, waiting), min(1 << 20, shard_values))
+    first = next(held, None)
+    schema = schema or next((record["schema"] for record in done.values()), None) or (guessed(first, vocab_size) if first else dict(input_ids=choose_dtype(vocab_size)))
+    kinds = columns(schema)
+    write_shards(folder, (packed(rows, kinds) for rows in chain([first] * bool(first), held)), schema, max(done, default=-1) + 1, shard_values)
     return publish(folder, tokenizer)
-
-# %% ../../../nbs/api/data/mmap_dataloader/mmap_writer.ipynb #f27c7f4f
-def write_shards(folder, held, schema, vocab_size, number, shard_values):
-    "Write batches of rows as shards from a number on."
-    writer = None
-    try:
-        for rows in held:
-            schema = schema or guessed(rows, vocab_size)
-            writer = writer or ShardWriter(folder, number, schema)
-            writer.add(*packed(rows, writer.columns))
-            if max(writer.elements.values()) >= shard_values:
-                writer.close()
-                writer, number = None, number + 1
-        if number == 0 and writer is None:  # no rows at all
-            writer = ShardWriter(folder, 0, schema or dict(input_ids=choose_dtype(vocab_size)))
-        if writer:
-            writer.close()
-    except BaseException:
-        if writer:
-            writer.abort()
-        raise
