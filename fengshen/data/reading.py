@@ -14,6 +14,7 @@ from bisect import bisect_right
 
 import numpy as np
 import torch
+from torch.utils.data import get_worker_info
 
 from ..utils.core import explain, patch
 from ..utils.kernels.loops import fast, view_at
@@ -170,7 +171,10 @@ class Ring:
         self,
         shape,  # A tuple
     ) -> tuple:
-        "(int64 array of this shape, tensor over the same memory); the values are left from before."
+        "(int64 array of this shape, tensor over the same memory); the values are left from before. New memory in a worker of torch's DataLoader."
+        if get_worker_info() is not None:  # it shares a tensor's memory with the main process, which may read it much later
+            tensor = torch.empty(shape, dtype=torch.int64)
+            return tensor.numpy(), tensor
         self.turn = (self.turn + 1) % len(self.slots)
         flat, array, tensor = self.slots[self.turn]
         if array is not None and array.shape == shape:
