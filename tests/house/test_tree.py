@@ -68,7 +68,7 @@ def pins():
     return {re.sub(r"[-_.]+", "-", name).lower(): Version(version) for name, version in (line.split("==") for line in lines)}
 
 
-INSTALLED = [f"{extra}_requirements" for extra in ("deepspeed", "widgets", "log", "dev")]
+INSTALLED = [f"{extra}_requirements" for extra in ("deepspeed", "widgets", "log", "fast", "dev")]
 
 
 @pytest.mark.parametrize("requirement", requirements("requirements", *INSTALLED), ids=str)
