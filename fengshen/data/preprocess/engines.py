@@ -30,19 +30,17 @@ def run_here(
         yield number
 
 # %% ../../../nbs/api/data/preprocess/engines.ipynb #62d1af81
-CORES_EACH = 16
+CORES_EACH = dict(tokenizers=16, gigatoken=2, python=1)
 
 
 def worker_count(
     workers,  # What was asked for; None: chosen
-    in_python,  # Whether the tokenizer is written in Python
+    ids,  # What tokenises: "tokenizers", "gigatoken", or "python" for a tokenizer written in Python
 ) -> int:
     "How many processes to use."
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if workers is None and in_python and cores > 1:
-        return choice("workers", cores, "the tokenizer is written in Python and uses one core each")
-    if workers is None and cores > CORES_EACH:
-        return choice("workers", -(-cores // CORES_EACH), f"{cores} cores, and one process feeds about {CORES_EACH}")
+    if workers is None and cores > CORES_EACH[ids]:
+        return choice("workers", -(-cores // CORES_EACH[ids]), f"{cores} cores, and a process with {ids} keeps about {CORES_EACH[ids]} busy")
     if workers is not None and workers < 1:
         raise ValueError(explain("workers", workers, "a number from 1", "leave it out to have it chosen"))
     return workers or 1

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['REASONS', 'input_files', 'make_plan', 'check_plan', 'Report', 'summed', 'Bar', 'run_units', 'mark_duplicates',
-           'run_job', 'gather_skipped', 'make_job', 'preprocess', 'go_on']
+           'run_job', 'gather_skipped', 'make_job', 'preprocess', 'first_texts', 'go_on']
 
 # %% ../../../nbs/api/data/preprocess/pipeline.ipynb #b37a60ef
 import errno
-import itertools
 import os
 import shutil
 from collections import Counter
@@ -18,7 +17,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from ..mmap_dataloader.mmap_format import read_json, tokenizer_mark, write_json
-from .build import CHUNK, Job, build_unit, documents, hash_unit, ignore
+from .build import Job, build_unit, chunks, documents, hash_unit, ignore
 from .engines import ENGINES, run_processes, worker_count
 from .filters import check_limits, find_duplicates
 from .outputs import FORMATS
@@ -118,7 +117,7 @@ def run_units(
 ):
     "Have units done."
     bar, run = Bar(job, what, left), pick("engine", engine, {k: v for k, v in ENGINES.items() if k != "processes"})
-    if engine == "local" and len(left) > 1 and (workers := min(worker_count(workers, job.tokeniser.engine == "python"), len(left))) > 1:
+    if engine == "local" and len(left) > 1 and (workers := min(worker_count(workers, job.tokeniser.engine), len(left))) > 1:
         run = run_processes
     with bar.bar:
         for _ in run(function, job, left, bar, workers):
@@ -221,6 +220,11 @@ def preprocess(
     return report
 
 
+def first_texts(job) -> list:
+    "The first documents: up to a thousand, or a megabyte of them."
+    return next(chunks(documents(job, 0, Counter(), ignore)), [])
+
+
 def go_on(job, plan, **how) -> Report:
     "Begin a job, go on with it, or find it done."
     done = job.output.beside("preprocess.json")
@@ -235,8 +239,7 @@ def go_on(job, plan, **how) -> Report:
         with FileLock(job.work / "lock", timeout=0):
             check_plan(job.work / "plan.json", plan)
             if job.tokeniser.engine == "gigatoken":
-                first = documents(job, 0, Counter(), ignore)
-                say(f"gigatoken gives the tokenizer's ids on {check_engine(job.tokeniser, itertools.islice(first, CHUNK)):,} texts")
+                say(f"gigatoken gives the tokenizer's ids on {check_engine(job.tokeniser, first_texts(job)):,} texts")
             return run_job(job, plan, **how)
     except Timeout:
         raise ValueError(explain("another process is at work on this dataset", str(job.work), "one at a time", "wait for it, or give another --out")) from None

@@ -143,11 +143,11 @@ def numbered_lines(
 # %% ../../../nbs/api/data/task_dataloader/formats.ipynb #39260170
 def attempt(
     parse,  # Function that raises `BadLine`
-    content,  # What it is called with
+    *content,  # What it is called with
 ):
     "What `parse` returns, or the `BadLine` it raises."
     try:
-        return parse(content)
+        return parse(*content)
     except BadLine as e:
         return e
 
