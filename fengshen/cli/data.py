@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODEL', 'NUMBERS', 'TEXTS', 'FLAGS', 'FILTERS', 'data_module', 'show_parser', 'found', 'samples_text', 'overview',
-           'show', 'report', 'run_data']
+           'show', 'report', 'run_verify', 'run_convert', 'run_data']
 
 # %% ../../nbs/api/cli/data.ipynb #af466325
 import argparse
@@ -16,6 +16,8 @@ from tqdm import tqdm
 
 from .fit import make_cli, split_args
 from ..data import picture
+from ..data.mmap_dataloader.mmap_convert import TARGETS, convert
+from ..data.mmap_dataloader.mmap_verify import verify
 from ..data.view import View
 from ..utils.core import explain, pick
 
@@ -137,11 +139,40 @@ def report(options, words) -> int:
     print(pick("split", options.split or "train", data_module(words).sets))
     return 0
 
+# %% ../../nbs/api/cli/data.ipynb #2c799565
+def run_verify(
+    args,  # Words after `fengshen data verify`
+) -> int:
+    "Print what is wrong with corpora; 1 if anything is."
+    parser = argparse.ArgumentParser("fengshen data verify", description="Compare corpora with their checksums, or their index with their tokens.", allow_abbrev=False)
+    parser.add_argument("path", nargs="+", help="folder of a dataset, or prefix of the original's or of Megatron's files")
+    parser.add_argument("--names", nargs="+", default=["input_ids"], help="tensors of the original's files (input_ids)")
+    options = parser.parse_args(args)
+    reports = [verify(path, options.names) for path in options.path]
+    print(*reports, sep="\n")
+    return 0 if all(reports) else 1
 
+
+def run_convert(
+    args,  # Words after `fengshen data convert`
+) -> int:
+    "Write a corpus in another format."
+    parser = argparse.ArgumentParser("fengshen data convert", description="Write a corpus in another format; a conversion to mmap that was interrupted goes on.", allow_abbrev=False)
+    parser.add_argument("source", help="folder of a dataset, or prefix of the original's or of Megatron's files")
+    parser.add_argument("target", help="folder to write; with --to megatron or original a prefix")
+    parser.add_argument("--to", default="mmap", choices=list(TARGETS), help="format of the target (mmap)")
+    parser.add_argument("--names", nargs="+", help="columns; all that are there without it")
+    convert(**vars(parser.parse_args(args)))
+    return 0
+
+# %% ../../nbs/api/cli/data.ipynb #62b943f1
 def run_data(
     args,  # Words after `fengshen data`
 ) -> int:
-    "The verb: `show` or `report`, then its words."
+    "The verb: `show`, `report`, `verify` or `convert`, then its words."
     action, rest = (args[0], args[1:]) if args and not args[0].startswith("-") else ("show", list(args))
+    files = dict(verify=run_verify, convert=run_convert)
+    if action in files:
+        return files[action](rest)
     options, words = show_parser().parse_known_args(rest)
-    return pick("action", action, dict(show=show, report=report))(options, words)
+    return pick("action", action, dict(show=show, report=report) | files)(options, words)
