@@ -13,7 +13,8 @@ import pytest
 from fengshen.data.task_dataloader.conversations import ConversationDataset
 from fengshen.data.task_dataloader.prepare import Preparation
 from fengshen.data.task_dataloader.records import find_sources
-from fengshen.data.task_dataloader.store import FIELDS, cache_folder
+from fengshen.data.cache import cache_folder
+from fengshen.data.task_dataloader.store import FIELDS
 from fengshen.data.task_dataloader.templates import get_template
 from fengshen.tokenizer import load_tokenizer
 
@@ -48,7 +49,7 @@ def test_the_second_start_tokenises_nothing_and_gives_the_same(cache, path, caps
     monkeypatch.setattr(Preparation, "write", lambda *_: pytest.fail("tokenised again"))
     two = ConversationDataset(str(path), TOKENIZER, 64, on_long="split")
     assert AGAIN in capsys.readouterr().out
-    assert all(getattr(one, name).tolist() == getattr(two, name).tolist() for name in FIELDS)
+    assert all(getattr(one, name).tolist() == getattr(two, name).tolist() for name in (*FIELDS, "ids", "offsets"))
     assert (one.report, one.cuts(), one.fingerprint) == (two.report, two.cuts(), two.fingerprint) and len(one.cuts()) == one.report["long"]
     assert one.conversation(7) == two.conversation(7)
 
@@ -99,8 +100,8 @@ def test_lists_are_found_again_when_they_are_long_and_iterables_never(cache, cap
 
 
 @pytest.mark.parametrize("name, damage", [
-    ("ids.bin", lambda b: b[:-4]), ("offsets.bin", lambda b: b""), ("scored.bin", lambda b: b + b"x"), ("manifest.json", lambda b: b[: len(b) // 2]),
-    ("manifest.json", lambda b: b"\x00" * len(b)), ("manifest.json", lambda b: b"{}"), ("manifest.json", lambda b: b"[]"), ("hashes.bin", None), ("manifest.json", None)])
+    ("shard-00000_input_ids.bin", lambda b: b[:-4]), ("shard-00000_input_ids.idx", lambda b: b""), ("shard-00000_scored.bin", lambda b: b + b"x"), ("manifest.json", lambda b: b[: len(b) // 2]),
+    ("manifest.json", lambda b: b"\x00" * len(b)), ("manifest.json", lambda b: b"{}"), ("manifest.json", lambda b: b"[]"), ("shard-00000_hashes.bin", None), ("manifest.json", None)])
 def test_what_is_damaged_is_built_again(cache, path, capsys, name, damage):
     one = ConversationDataset(path, TOKENIZER)
     file, fingerprint, ids = one.folder / name, one.fingerprint, one.ids.tolist()
@@ -144,11 +145,11 @@ from fengshen.data.task_dataloader.conversations import ConversationDataset
 from fengshen.data.task_dataloader.store import Writer
 from fengshen.tokenizer import load_tokenizer
 tokenizer, close = load_tokenizer("fengshen:tokenizer_demo"), Writer.close
-def closed(self, manifest):
+def closed(self, *report):
     if sys.argv[2] == "killed":
         os.kill(os.getpid(), 9)
     time.sleep(float(sys.argv[2]))  # the others wait meanwhile
-    close(self, manifest)
+    close(self, *report)
 Writer.close = closed
 print("fingerprint", ConversationDataset(sys.argv[1], tokenizer).fingerprint)
 """

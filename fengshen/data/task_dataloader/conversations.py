@@ -17,7 +17,7 @@ from .encode import Encoder, flatten
 from .prepare import Preparation, turns_of
 from .records import find_sources, parse_line, read_one
 from . import shapes
-from .store import open_arrays, prepared
+from .store import open_arrays, prepared_arrays
 from .templates import find_template, get_template
 from ...utils.core import patch, say
 
@@ -38,7 +38,7 @@ class ConversationDataset:
         self.template = get_template(template, tokenizer) if template is None or isinstance(template, str) else template
         work = Preparation(self.sources, tokenizer, self.template, max_length, **settings)
         key = work.key()
-        self.folder, cached = prepared(key, work)
+        self.folder, cached = prepared_arrays(key, work)
         if key is None:
             weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         self.report, arrays = open_arrays(self.folder)

@@ -15,12 +15,13 @@ import numpy as np
 import xxhash
 from tqdm import tqdm
 
+from ..cache import cache_folder
 from .encode import LOSS_ON, Encoder, flatten
 from .long import Long, size
 from .formats import BadLine
 from .records import Skipped, content_key, read, refuse_line
 from .shapes import SHAPES, conversation, describe, recognise
-from .store import Writer, cache_folder
+from .store import Writer
 from ...utils.core import explain, is_main_process, patch, pick, say
 
 # %% ../../../nbs/api/data/task_dataloader/prepare.ipynb #04c1acc0
@@ -94,7 +95,7 @@ def shape(self: Preparation, source, record) -> str:
 @patch
 def __call__(self: Preparation, folder):
     "Write everything into an empty folder."
-    writer, self.bad_line = Writer(folder), self.bad_lines(folder)
+    writer, self.bad_line = Writer(folder, len(self.encoder.tokenizer)), self.bad_lines(folder)
     records = itertools.islice(self.conversations(), self.settings["limit"])
     name = self.sources[0].name if len(self.sources) == 1 else f"{len(self.sources)} files"
     with (ThreadPoolExecutor(1) as pool, open(folder / "cuts.jsonl", "w", encoding="utf-8") as self.cut_file,
@@ -106,7 +107,7 @@ def __call__(self: Preparation, folder):
                 bar.update(self.write(writer, *waiting.pop(0)))
         for part in waiting:
             bar.update(self.write(writer, *part))
-    writer.close(self.report(writer))
+    writer.close(self.report(writer), self.encoder.tokenizer)
 
 
 @patch
@@ -244,7 +245,7 @@ def refuse_long(self: Preparation):
         f"or raise data.max_length to {self.longest[0][0]:,} if the model's context allows"))
 
 # %% ../../../nbs/api/data/task_dataloader/prepare.ipynb #65c4e01a
-FORMAT = 1  # raise it when the same settings give other arrays
+FORMAT = 2  # raise it when the same settings give other arrays
 SHORT = 1000  # records
 
 
