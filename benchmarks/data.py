@@ -372,6 +372,8 @@ def main():
         with options.out.open("a", encoding="utf8") as f:
             f.write(line + "\n")
 
+    if {"scale", "step"} & set(options.only):
+        data_scale.make(options.work)
     for section in options.only:
         for part, names in SECTIONS[section].items():
             contest(part, names, options, record)

@@ -58,6 +58,13 @@ def solid(work, gigabytes=4):
     return folder
 
 
+def make(work):
+    """All datasets of these parts."""
+    for shards in SIZES:
+        holes(work, shards)
+    solid(work)
+
+
 def forget(folder):
     """Take a dataset out of the page cache."""
     for path in folder.glob("*.bin"):
@@ -118,7 +125,7 @@ def resuming(data):
     from fengshen.data.sampler import GlobalBatchSampler
 
     found = []
-    for share in np.linspace(0, 0.999, 20):
+    for share in [0, *np.linspace(0, 0.999, 20)]:
         sampler = GlobalBatchSampler(len(data), BATCH, order=Blend([len(data)], [1], seed=SEED))
         state = sampler.state_dict()
         state["consumed"] = int(len(data) * share)
@@ -127,7 +134,7 @@ def resuming(data):
         sampler.load_state_dict(state)
         data.__getitems__(sampler.window()[0])
         found.append(time.perf_counter() - start)
-    return max(found) * 1e3
+    return max(found[1:]) * 1e3  # the first one compiles
 
 
 def advice(work, name):
