@@ -1,6 +1,6 @@
 """The data path against the memory's own speed and against other libraries: a JSON line each result.
 
-usage: python benchmarks/data.py [--peers PYTHON] [--work FOLDER] [--only PART ...] [--rounds N] [--out FILE]
+usage: python benchmarks/data.py [--peers PYTHON] [--work FOLDER] [--shared FOLDER] [--only PART ...] [--rounds N] [--out FILE]
 
 PYTHON is the interpreter of an environment with benchmarks/data_requirements.txt; without it FengShen is measured alone. FOLDER holds the
 corpora (1 GB, and files of holes that pretend to be 2 TB). Parts:
@@ -25,6 +25,7 @@ import ctypes
 import hashlib
 import itertools
 import json
+import lzma
 import os
 import shutil
 import statistics
@@ -297,7 +298,70 @@ def packed_by_trl(lengths, capacity):
     return time.process_time() - start, len(rows)
 
 
-PARTS = dict(read=read, write=write, index=index, packing=packing, scale=data_scale.scale, workers=data_scale.workers, advice=data_scale.advice,
+def texts(work, shared):
+    """The Chinese corpora of the shared folder as JSON lines, unpacked once, and its GPT-2 tokenizer."""
+    target = work / "texts.jsonl"
+    if not target.exists():
+        shutil.copytree(shared / "data/tokenizers/gpt2", work / "tokenizer", dirs_exist_ok=True)
+        with open(f"{target}.new", "wb") as out:
+            for packed in sorted((shared / "data/corpus").glob("*.jsonl.xz")):
+                out.write(lzma.open(packed).read())
+        os.replace(f"{target}.new", target)
+
+
+def documents_in(path):
+    """The documents as FengShen's preprocessing finds them."""
+    from fengshen.data.preprocess.texts import FIELDS
+
+    records = map(json.loads, open(path, encoding="utf8"))
+    return [next(record[field] for field in FIELDS if field in record) for record in records]
+
+
+def by_tokenizers(path):
+    """Texts to a number of tokens: the tokenizers library alone, a thousand texts at a time."""
+    from tokenizers import Tokenizer
+
+    own = Tokenizer.from_file(str(path))
+    return lambda found: sum(len(e) for i in range(0, len(found), 1000) for e in own.encode_batch_fast(found[i : i + 1000], add_special_tokens=False))
+
+
+def by_gigatoken(path):
+    """Texts to a number of tokens: gigatoken alone, all texts at once."""
+    from gigatoken import Tokenizer
+
+    own = Tokenizer.from_json(Path(path).read_text("utf8"))
+
+    def encode(found):
+        offsets = own.encode_batch(found).layout.offsets.data
+        return int(offsets[-1] - offsets[0])
+
+    return encode
+
+
+def tokens(work, name):
+    """Text to a dataset: megabytes of text a second of wall time, on all cores. `library` is encode_batch_fast alone, on lists of texts in memory."""
+    os.environ.pop("OMP_NUM_THREADS")
+    path, (who, ids) = work / "texts.jsonl", name.split()
+    if who == "fengshen":
+        from fengshen.data.preprocess import preprocess
+
+        out = work / f"tokens-{ids}"
+        shutil.rmtree(out, ignore_errors=True)
+        start = time.perf_counter()
+        report = preprocess(path, out, work / "tokenizer", ids=ids)
+        seconds, size, count = time.perf_counter() - start, report["counts"]["bytes"], report["counts"]["tokens"]
+        count -= report["counts"]["kept"]  # the ends of documents
+    else:
+        found, encode = documents_in(path), dict(tokenizers=by_tokenizers, gigatoken=by_gigatoken)[ids](work / "tokenizer/tokenizer.json")
+        size = sum(len(text.encode()) for text in found)
+        encode(found[:100])
+        start = time.perf_counter()
+        count = encode(found)
+        seconds = time.perf_counter() - start
+    return {f"tokenise, {ids}": dict(megabytes=size / 1e6, megabytes_per_second=size / 1e6 / seconds, tokens=count)}
+
+
+PARTS = dict(read=read, write=write, index=index, packing=packing, tokens=tokens, scale=data_scale.scale, workers=data_scale.workers, advice=data_scale.advice,
              step=data_scale.step, epoch=data_scale.epoch)
 
 
@@ -305,6 +369,7 @@ SECTIONS = dict(  # {section: {part: the processes that take turns}}
     write=dict(write=[*OURS, *PEERS]),
     read=dict(read=[name for name in [*OURS, *PEERS] if name not in ("mmap_arrays", "megatron_arrays")]),
     index=dict(index=["megatron", "megatron-core"], packing=["mmap", "trl"]),
+    tokens=dict(tokens=["library tokenizers", "fengshen tokenizers", "library gigatoken", "fengshen gigatoken"]),
     scale=dict(scale=[f"holes-{n}" for n in data_scale.SIZES], workers=[f"holes-{data_scale.SIZES[-1]}"], advice=["random", "usual"]),
     step=dict(step=[f"{rate} {state}" for rate in (30_000, 500_000) for state in ("warm", "cold", "slow")], epoch=["holes-1"]),
 )
@@ -353,6 +418,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "fengshen-data")
+    parser.add_argument("--shared", type=Path, default=Path(os.environ.get("FENGSHEN_SHARED", HERE.parent.parent / "shared")))
     parser.add_argument("--only", nargs="+", default=list(SECTIONS), choices=list(SECTIONS))
     parser.add_argument("--who", nargs="+")
     parser.add_argument("--rounds", type=int, default=3)
@@ -372,6 +438,8 @@ def main():
         with options.out.open("a", encoding="utf8") as f:
             f.write(line + "\n")
 
+    if "tokens" in options.only:
+        texts(options.work, options.shared)
     if {"scale", "step"} & set(options.only):
         data_scale.make(options.work)
     for section in options.only:

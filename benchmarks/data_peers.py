@@ -131,8 +131,11 @@ class OursMegatron(Contender):
     def document(self, i):
         return long(self.set[i])
 
+    def documents(self, ids):
+        return self.set.read(ids)
+
     def windows(self):
-        from fengshen.data.megatron_dataloader import GPTDataset
+        from fengshen.data.megatron_dataloader.gpt_dataset import GPTDataset
 
         return GPTDataset(self.set, SEQ, seed=SEED)
 

@@ -87,8 +87,9 @@ class Case:
     def data(self):
         "The data module, if it is one of conversations."
         from fengshen.data.task_dataloader.datamodule import ConversationDataModule
+        from fengshen.data.universal_datamodule.corpora import named_corpora
 
-        if not isinstance(self.cli.datamodule, ConversationDataModule):
+        if not isinstance(self.cli.datamodule, ConversationDataModule) or named_corpora(self.cli.datamodule.train)[0] is not None:
             raise Waiting("a data module of conversations")
         return self.cli.datamodule
 

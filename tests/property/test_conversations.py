@@ -397,7 +397,7 @@ def test_a_begin_token_that_generation_has_is_there_too():
 
 def test_ids_are_stored_in_two_bytes_where_the_vocabulary_allows():
     dataset = ConversationDataset(DATA * 50, TOKENIZER)
-    assert dataset.ids.dtype == np.uint16 and dataset.ids.nbytes == 4 * dataset.report["tokens"]
+    assert dataset.ids.dtype == np.uint16 and dataset.ids.nbytes == 2 * dataset.report["tokens"]
     assert [dataset[-1][k].tolist() for k in dataset[-1]] == [dataset[len(dataset) - 1][k].tolist() for k in dataset[-1]]
     with pytest.raises(IndexError):
         dataset[len(dataset)]

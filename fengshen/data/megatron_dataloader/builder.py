@@ -74,10 +74,11 @@ def fitting(
     if array.size and not np.can_cast(array.dtype, self.dtype):
         if self.dtype.kind in "iu" and array.dtype.kind not in "iu":
             raise ValueError(explain("tokens are whole numbers", array.dtype.name, "an integer type"))
-        low, high, limits = array.min(), array.max(), np.iinfo(self.dtype) if self.dtype.kind in "iu" else np.finfo(self.dtype)
+        limits = np.iinfo(self.dtype) if self.dtype.kind in "iu" else np.finfo(self.dtype)
+        low, high = array.min(), array.max()
         if low < limits.min or high > limits.max:
-            raise ValueError(explain(f"a token does not fit into {self.dtype.name}", int(low if low < limits.min else high), f"{limits.min} to {limits.max}",
-                                     "build with a larger dtype"))
+            got, expected = int(low if low < limits.min else high), f"{limits.min} to {limits.max}"
+            raise ValueError(explain(f"a token does not fit into {self.dtype.name}", got, expected, "build with a larger dtype"))
     return np.ascontiguousarray(array, self.dtype)
 
 
@@ -144,7 +145,8 @@ def add_documents(
     "Append many documents at once."
     array, lengths = self.fitting(ids), np.asarray(lengths, np.int64)
     if lengths.sum() != array.size or (lengths.size and not 0 <= lengths.min() <= lengths.max() < 1 << 31):
-        raise ValueError(explain("lengths of the sequences", f"{lengths.size:,} that sum to {lengths.sum():,}", f"{array.size:,} tokens, each length from 0 to 2,147,483,647"))
+        got, expected = f"{lengths.size:,} that sum to {lengths.sum():,}", f"{array.size:,} tokens, each length from 0 to 2,147,483,647"
+        raise ValueError(explain("lengths of the sequences", got, expected))
     counts = np.ones(len(lengths), np.int64) if sequences is None else np.asarray(sequences, np.int64)
     if counts.sum() != len(lengths) or (counts.size and counts.min() < 0):
         raise ValueError(explain("sequences of the documents", f"counts that sum to {counts.sum():,}", f"{len(lengths):,} sequences"))

@@ -54,7 +54,8 @@ def best_fitting_dtype(
 # %% ../../../nbs/api/data/megatron_dataloader/format.ipynb #47d5859d
 MAGIC, LEGACY = b"MMIDIDX\x00\x00", b"TNTIDX\x00\x00"
 Index = namedtuple("Index", "dtype unit starts sizes doc_idx")
-Index.__doc__ = "What an index says: sequence i is `sizes[i]` tokens of `dtype` from token `starts[i] // unit` on; `doc_idx` holds the first sequence of each document, and the end."
+Index.__doc__ = """What an index says: sequence i is `sizes[i]` tokens of `dtype`, from token `starts[i] // unit` on.
+`doc_idx` holds the first sequence of each document, and the end."""
 
 
 def header(
@@ -85,7 +86,8 @@ def cut(
     "The arrays of an index, one after the other; a `ValueError` if the file is not as long as they are."
     wanted = start + sum(count * np.dtype(kind).itemsize for kind, count in parts)
     if len(raw) != wanted:
-        raise ValueError(explain(f"{path} has the wrong size in bytes", len(raw), f"{wanted}, by its header", "copy it again, or write it again: it is cut off or damaged"))
+        do = "copy it again, or write it again: it is cut off or damaged"
+        raise ValueError(explain(f"{path} has the wrong size in bytes", len(raw), f"{wanted}, by its header", do))
     arrays = []
     for kind, count in parts:
         arrays.append(np.frombuffer(raw, kind, count, start))

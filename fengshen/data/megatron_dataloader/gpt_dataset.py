@@ -113,7 +113,8 @@ def open(self: GPTDataset):
     arrays = kept_arrays(settings, lambda: self.dataset.verify() or gpt_index(sizes, **self.asked))
     self.document_index, self.sample_index, self.shuffle_index = (arrays[f"{name}_index"] for name in ("document", "sample", "shuffle"))
     self.ring = Ring()
-    self.sources = self.dataset.flat(), self.dataset.index.starts, self.dataset.index.unit, sizes, self.document_index, self.sample_index, self.shuffle_index
+    order = self.document_index, self.sample_index, self.shuffle_index
+    self.sources = self.dataset.flat(), self.dataset.index.starts, self.dataset.index.unit, sizes, *order
 
 
 @patch
@@ -154,7 +155,8 @@ def __getitems__(
     if (bad := gather(*self.sources, ids, self.pad, array)) < 0:
         if not 0 <= ids[-1 - bad] < len(self):
             raise IndexError(f"sample {ids[-1 - bad]:,} of {len(self):,}")
-        raise ValueError(explain(f"{self.dataset.idx} leads outside {self.dataset.bin}", f"sample {ids[-1 - bad]}", "sequences inside the file", "the index is damaged"))
+        what = f"{self.dataset.idx} leads outside {self.dataset.bin}"
+        raise ValueError(explain(what, f"sample {ids[-1 - bad]}", "sequences inside the file", "the index is damaged"))
     return batch
 
 

@@ -116,7 +116,8 @@ def gpt_index(
     before, total = last_apart(tokens, samples, length, epochs, extra), epochs * tokens - extra
     count = total // length if drop_last else -(-total // length)
     if count < 1:
-        raise ValueError(explain("the documents are shorter than one sample", f"{tokens} tokens", f"at least {length + extra}", "a smaller length, or more text"))
+        what = "the documents are shorter than one sample"
+        raise ValueError(explain(what, f"{tokens} tokens", f"at least {length + extra}", "a smaller length, or more text"))
     documents = document_index(first, stop, epochs, rng, before > 0)
     wide = max(len(documents), int(sizes.max())) > np.iinfo(np.int32).max
     rows = np.empty((count + 1, 2), np.int64 if wide else np.int32)

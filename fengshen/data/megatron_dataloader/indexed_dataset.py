@@ -55,15 +55,18 @@ def check_ends(self: IndexedDataset):
     "Refuse files that do not belong together, by their ends."
     (dtype, unit, starts, sizes, doc_idx), sequences = self.index, len(self)
     if len(doc_idx) == 0 or doc_idx[0] != 0 or doc_idx[-1] > sequences or doc_idx[-1] < 0:
-        raise ValueError(explain(f"{self.idx}: the document index", f"{doc_idx[:1].tolist()} ... {doc_idx[-1:].tolist()}", f"from 0 to {sequences}"))
+        got = f"{doc_idx[:1].tolist()} ... {doc_idx[-1:].tolist()}"
+        raise ValueError(explain(f"{self.idx}: the document index", got, f"from 0 to {sequences}"))
     if doc_idx[-1] < sequences:
-        say(f"{self.idx}: {sequences - int(doc_idx[-1]):,} of {sequences:,} sequences are in no document (the original forgot them when it merged files)")
+        left = f"{sequences - int(doc_idx[-1]):,} of {sequences:,} sequences are in no document"
+        say(f"{self.idx}: {left} (the original forgot documents when it merged files)")
     self.count = tokens = int(starts[-1]) // unit + int(sizes[-1]) if sequences else 0
     if sequences and starts[0] != 0:
         raise ValueError(explain(f"{self.idx}: where the first sequence begins", int(starts[0]), "0", "is the file damaged?"))
     if os.path.getsize(self.bin) != tokens * dtype.itemsize:
-        raise ValueError(explain(f"{self.bin} has the wrong size in bytes", os.path.getsize(self.bin), f"{tokens * dtype.itemsize:,}: {tokens:,} tokens of {dtype.name}",
-                                 "it is cut off, or belongs to another index, or is of another type"))
+        expected = f"{tokens * dtype.itemsize}: {tokens:,} tokens of {dtype.name}"
+        do = "it is cut off, or belongs to another index, or is of another type"
+        raise ValueError(explain(f"{self.bin} has the wrong size in bytes", os.path.getsize(self.bin), expected, do))
 
 # %% ../../../nbs/api/data/megatron_dataloader/indexed_dataset.ipynb #0e11e2df
 @patch
@@ -112,7 +115,8 @@ def place(
         raise IndexError(f"sequence {i} of {len(sizes):,}")
     start, size = starts.item(i) // unit, sizes.item(i)
     if start < 0 or size < 0 or start + size > self.count:
-        raise ValueError(explain(f"{self.idx}: sequence {i} is not inside {self.bin}", (start, size), f"start and size within {self.count:,} tokens", "the index is damaged"))
+        expected = f"start and size within {self.count:,} tokens"
+        raise ValueError(explain(f"{self.idx}: sequence {i} is not inside {self.bin}", (start, size), expected, "the index is damaged"))
     return start, size
 
 # %% ../../../nbs/api/data/megatron_dataloader/indexed_dataset.ipynb #ad80c19a
@@ -142,7 +146,8 @@ def get(
     start, size = self.place(i)
     length = size - offset if length is None else length
     if offset < 0 or length < 0 or offset + length > size:
-        raise ValueError(explain(f"the part of sequence {i}", dict(offset=int(offset), length=int(length)), f"a part of its {size} tokens"))
+        got = dict(offset=int(offset), length=int(length))
+        raise ValueError(explain(f"the part of sequence {i}", got, f"a part of its {size} tokens"))
     return self.flat()[start + offset : start + offset + length]
 
 # %% ../../../nbs/api/data/megatron_dataloader/indexed_dataset.ipynb #d22a608c
@@ -158,7 +163,7 @@ def tokens(self: IndexedDataset) -> Shards:
 def read(
     self: IndexedDataset,
     ids,  # Numbers of sequences, each from 0
-    copy=False,  # False: in a buffer that is overwritten after eight more reads; True: in memory of its own
+    copy=False,  # False: in a buffer that a later read overwrites (see `fengshen.data.reading.Ring`); True: in memory of its own
 ) -> torch.Tensor:
     "int64 [tokens of all of them]: the sequences, one after the other; their lengths are `sizes[ids]`."
     ids = np.asarray(ids)
@@ -185,15 +190,17 @@ def verify(
     _, unit, starts, sizes, doc_idx = self.index
     end = 0
     for first in range(0, len(self), block):
-        ends = end + np.cumsum(sizes[first : first + block], dtype=np.int64)
-        wrong = np.flatnonzero((starts[first : first + block] != (ends - sizes[first : first + block]) * unit) | (sizes[first : first + block] < 0))
+        lengths = sizes[first : first + block]
+        ends = end + np.cumsum(lengths, dtype=np.int64)
+        wrong = np.flatnonzero((starts[first : first + block] != (ends - lengths) * unit) | (lengths < 0))
         if len(wrong):
             raise ValueError(self.misplaced(first + int(wrong[0])))
         end = int(ends[-1])
     for first in range(0, len(doc_idx) - 1, block):
         wrong = np.flatnonzero(np.diff(doc_idx[first : first + block + 1]) < 0)
         if len(wrong):
-            raise ValueError(explain(f"{self.idx}: document {first + int(wrong[0]) + 1} begins before the one before it", int(doc_idx[first + wrong[0] + 1]), "an ascending index"))
+            what = f"{self.idx}: document {first + int(wrong[0]) + 1} begins before the one before it"
+            raise ValueError(explain(what, int(doc_idx[first + wrong[0] + 1]), "an ascending index", "the index is damaged"))
 
 
 @patch
@@ -204,4 +211,5 @@ def misplaced(
     "What is wrong with where a sequence lies."
     start, size = int(self.index.starts[i]), int(self.index.sizes[i])
     before = int(self.index.starts[i - 1]) + int(self.index.sizes[i - 1]) * self.index.unit if i else 0
-    return explain(f"{self.idx}: sequence {i} does not begin where the one before it ends", dict(start=start, size=size), f"start {before}, a size from 0", "the index is damaged")
+    what = f"{self.idx}: sequence {i} does not begin where the one before it ends"
+    return explain(what, dict(start=start, size=size), f"start {before}, a size from 0", "the index is damaged")

@@ -23,6 +23,7 @@ def read_legacy(
         raise ValueError(explain(f"{path} is no index of the older format", (raw[:8].tobytes(), version), f"{LEGACY!r} and version 1"))
     dtype = dtype_of(code, path, float_code)
     if dtype.itemsize != width or items != sizes:
-        raise ValueError(explain(f"{path} is not an index of sequences", dict(bytes=width, items=items, sizes=sizes), f"{dtype.itemsize} bytes a token, one size an item"))
-    _, starts, lengths, doc_idx = cut(raw, 56, [("<i8", items + 1), ("<i8", items + 1), ("<i8", sizes), ("<i8", entries)], path)
+        got, expected = dict(bytes=width, items=items, sizes=sizes), f"{dtype.itemsize} bytes a token, one size an item"
+        raise ValueError(explain(f"{path} is not an index of sequences", got, expected))
+    _, starts, lengths, doc_idx = cut(raw, 56, [("<i8", count) for count in (items + 1, items + 1, sizes, entries)], path)
     return Index(dtype, 1, starts[:-1], lengths, doc_idx)

@@ -142,8 +142,8 @@ def checked(self: ShardWriter, flat, lengths) -> tuple:
     count = next(iter(rows.values()))
     for name, c in self.columns.items():
         wanted = int(lengths[c.index].sum()) if c.index else count * c.width
-        if len(arrays[name]) != wanted:
-            raise ValueError(explain(f"the number of values of {name}", len(arrays[name]), f"{wanted}, the sum of the lengths of its rows"))
+        if arrays[name].shape != (wanted,):
+            raise ValueError(explain(f"the values of {name}", arrays[name].shape, f"one dimension of {wanted}, the sum of the lengths of its rows"))
         if c.index == name and lengths[name].min(initial=0) < 0:
             raise ValueError(explain(f"a row of {name} with a negative length", int(lengths[name].min()), "lengths from 0"))
     return arrays, lengths, count
@@ -243,11 +243,13 @@ def joined(values) -> np.ndarray:
 # %% ../../../nbs/api/data/mmap_dataloader/mmap_writer.ipynb #0a3b7c52
 def by_column(held, kinds) -> dict:
     "{name: list of the rows' values} of rows."
-    named = set(map(type, held)) == {dict}
-    wrong = next((row for row in held if row.keys() != kinds.keys()), None) if named else held[0] if len(kinds) > 1 else None
+    found = set(map(type, held))
+    if dict not in found and len(kinds) == 1:
+        return {next(iter(kinds)): held}
+    wrong = next((row for row in held if not isinstance(row, dict) or row.keys() != kinds.keys()), None)
     if wrong is not None:
         raise ValueError(explain("a row with other columns", list(wrong), f"the columns {list(kinds)}", "rows are dicts of these names, or sequences where there is one column"))
-    return {name: [row[name] for row in held] for name in kinds} if named else {next(iter(kinds)): held}
+    return {name: [row[name] for row in held] for name in kinds}
 
 
 def packed(
