@@ -6,6 +6,9 @@
 __all__ = []
 
 # %% ../../../nbs/api/data/megatron_dataloader/index.ipynb #95b4f001
+from .blendable_dataset import BlendableDataset, blend_steps
 from .builder import IndexedDatasetBuilder
 from .format import best_fitting_dtype, infer_dataset_impl
+from .gpt_dataset import GPTDataset
 from .indexed_dataset import IndexedDataset
+from .splits import build_train_valid_test_datasets, parse_data_prefix, parse_split
