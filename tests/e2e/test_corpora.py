@@ -74,6 +74,12 @@ def test_refusals(folder, tmp_path, extra, said):
     assert status == 2 and said in err and "Traceback" not in err, err
 
 
+def test_ids_that_the_model_does_not_have_are_refused(folder, tmp_path):
+    given = settings(folder, str(folder / "small"), **{"run_dir": str(tmp_path / "run"), "trainer.strategy": "auto", "data.tokenizer": None, "model.config": tiny_config(tmp_path, vocab_size=100)})
+    status, out, err = here("fit", "-c", "demo", *flags(given))
+    assert status == 2 and "more token ids than the model: got 1280, expected at most 100" in err, err
+
+
 def test_a_corpus_of_another_tokenizer_is_refused(folder, tmp_path):
     other = load_tokenizer("fengshen:tokenizer_demo")
     other.add_tokens(["二二"])

@@ -17,7 +17,7 @@ from ..batch import Batch, boundaries, empty_batch, finish, window_rows
 from ..blend import Blend, Permutation
 from ..megatron_dataloader.gpt_dataset import GPTDataset
 from ..megatron_dataloader.indexed_dataset import IndexedDataset
-from ..mmap_dataloader.mmap_format import MANIFEST
+from ..mmap_dataloader.mmap_format import MANIFEST, read_manifest
 from ..mmap_dataloader.mmap_index_dataset import MMapIndexDataset
 from ..packing import PackedCorpus
 from ..reading import StoredWindows
@@ -208,6 +208,12 @@ def _report(self) -> dict:
     return dict(corpora=files, samples=sum(len(d) for d in self.datasets), tokens=sum(tokens), rows=len(self), length=self.length, cut=self.cut, **weights)
 
 
+def _vocab_size(self):
+    marks = [(read_manifest(path)["tokenizer"] or {}).get("vocab_size") for path in self.paths if corpus_kind(path) == "mmap"]
+    return max((size for size in marks if size is not None), default=None)
+
+
+Corpora.vocab_size = property(_vocab_size, doc="Ids are below this, by the marks of the tokenizers that wrote the corpora; None where there are none.")
 Corpora.report = property(_report, doc="Corpora, documents, tokens, rows, and how they are cut.")
 
 

@@ -148,4 +148,10 @@ def _stops(self):
     return ConversationDataModule.stops.fget(self)
 
 
+def _vocab_size(self):
+    marks = [found.vocab_size for found in self.sets.values() if isinstance(found, Corpora)]
+    return max((size for size in marks if size is not None), default=None)
+
+
 UniversalDataModule.stops = property(_stops, doc="Ids at which a text ends; None where there is no tokenizer.")
+UniversalDataModule.vocab_size = property(_vocab_size, doc="Ids of the corpora are below this; None where they do not say.")
