@@ -2,6 +2,7 @@
 import atexit
 import os
 import shutil
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -28,3 +29,15 @@ def shared():
     if not (folder / "data").is_dir():
         pytest.skip(f"no test data in {folder.name}/ beside the checkout (FENGSHEN_SHARED names another place)")
     return folder
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    "A file system of 8 MB; only root can make one."
+    place = tmp_path / "disk"
+    place.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"no small file system to be had here: {made.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", str(place)])

@@ -99,18 +99,6 @@ def alive(pid):
         return False
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    "A file system of 8 MB; only root can make one."
-    place = tmp_path / "disk"
-    place.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)], capture_output=True, text=True)
-    if made.returncode:
-        pytest.skip(f"no small file system to be had here: {made.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", str(place)])
-
-
 @pytest.mark.parametrize("strategy", ["auto", pytest.param("zero2", marks=pytest.mark.slow)])
 def test_a_disk_that_fills_up_keeps_the_last_good_checkpoint(tmp_path, small_disk, strategy):
     "Training goes on without new checkpoints, the end says what is missing, and the good one is whole."

@@ -158,7 +158,7 @@ def close(self: ShardWriter) -> dict:
     record = dict(schema=self.schema, rows=self.rows, elements=self.elements, block=BLOCK, sums=sums)
     write_json(self.folder / f"{self.prefix}.json", record)
     self.lock.release()
-    shutil.rmtree(self.place)
+    shutil.rmtree(self.place, ignore_errors=True)
     return record
 
 # %% ../../../nbs/api/data/mmap_dataloader/mmap_writer.ipynb #4af81fa9
@@ -210,6 +210,8 @@ def publish(
         known = dict(format=FORMAT, version=VERSION, schema=schema, tokenizer=mark, rows=sum(s["rows"] for s in shards), fingerprint=identity(schema, shards), shards=shards)
         manifest = before | facts | known
         write_json(folder / MANIFEST, manifest)
+    for number in records:  # of a process that was killed when its shard was just finished
+        shutil.rmtree(folder / f"{shard_name(number)}.partial", ignore_errors=True)
     return manifest
 
 # %% ../../../nbs/api/data/mmap_dataloader/mmap_writer.ipynb #b474dbd0
@@ -287,7 +289,7 @@ def unwritten(
     rows, count = iter(rows), sum(record["rows"] for record in waiting.values())
     if not count:
         return rows
-    say(f"{folder}: {len(waiting)} finished shards hold the first {count:,} rows; going on after them")
+    say(f"{folder}: the first {count:,} rows are in finished shards ({len(waiting)}); going on after them")
     passed = list(deque(islice(rows, count), maxlen=1))
     number = max(waiting)
     stored = last_row(folder, number, waiting[number])
