@@ -95,7 +95,7 @@ class Bar:
     def __init__(self, job, what, left):
         total, to_do = (sum(map(job.size, units)) for units in (range(len(job.units)), left))
         shape = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-        self.bar = tqdm(desc=what, total=total, initial=total - to_do, bar_format=shape, disable=not is_main_process())
+        self.bar = tqdm(desc=what, total=total, initial=total - to_do, bar_format=shape, delay=1, disable=not is_main_process())
         self.done = [0, 0]
 
     def __call__(self, bytes_, *moved):

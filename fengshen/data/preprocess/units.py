@@ -63,9 +63,9 @@ def next_border(
     form,  # As `form_of` gives it
 ) -> int:
     "Go to the start of the next document; its position."
-    line = file.readline()
-    while form == "blank" and line.strip():
-        line = file.readline()
+    file.readline()  # the rest of a line
+    while form == "blank" and file.readline().strip():
+        pass
     return file.tell()
 
 
@@ -125,9 +125,9 @@ def make_units(
 ) -> list:
     "Lists of pieces: the units, in the order of the corpus."
     size = size or unit_size(paths)
-    units, filled = [], size
+    units, filled = [], 0
     for piece in (piece for path in paths for piece in cut_file(path, documents, size)):
-        if filled + piece.size > size:
+        if not units or filled + piece.size > size:
             units.append([])
             filled = 0
         units[-1].append(piece)
