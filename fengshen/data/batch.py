@@ -73,6 +73,15 @@ def empty_batch(
         batch.update(attention_mask=(torch.arange(length) == 0).long()[None])
     return finish(batch, 0, tokenizer)
 
+# %% ../../nbs/api/data/batch.ipynb #pincd001
+@patch
+def pin_memory(self: Batch) -> Batch:
+    "The batch with its tensors in pinned memory; needs an accelerator."
+    for name, value in self.items():
+        if isinstance(value, torch.Tensor):
+            self[name] = value.pin_memory()
+    return self
+
 # %% ../../nbs/api/data/batch.ipynb #wincd001
 def window_rows(
     windows_bl,  # int64 [windows, length + 1]; copied

@@ -163,9 +163,8 @@ class Ring:
     def __init__(
         self,
         depth=2,  # How many: a result is overwritten after so many more
-        pin=False,  # True: in memory that a GPU can read by itself
     ):
-        self.pin, self.turn, self.slots = pin, 0, [(np.empty(0, np.int64), None, None)] * depth
+        self.turn, self.slots = 0, [(np.empty(0, np.int64), None, None)] * depth
 
     def take(
         self,
@@ -181,7 +180,7 @@ class Ring:
             return array, tensor
         size = math.prod(shape)
         if flat.size < size:
-            flat = torch.empty(size, dtype=torch.int64, pin_memory=self.pin).numpy()
+            flat = np.empty(size, np.int64)
         array = flat[:size].reshape(shape)
         tensor = torch.from_numpy(array)
         self.slots[self.turn] = flat, array, tensor
@@ -189,7 +188,7 @@ class Ring:
 
     def __reduce__(self):
         "Buffers stay in their process."
-        return Ring, (len(self.slots), self.pin)
+        return Ring, (len(self.slots),)
 
 # %% ../../nbs/api/data/reading.ipynb #1cb25030
 @patch

@@ -239,9 +239,10 @@ class TrainLoader:
         dataset,  # dataset[i] is one sample; or dataset.__getitems__(numbers, copy=True) a whole micro-batch
         sampler,  # GlobalBatchSampler over it
         collate,  # List of samples, or what __getitems__ gives -> Batch; an empty list -> an empty batch
+        pin=False,  # True: batches in pinned memory, for a GPU
     ):
         assert sampler.items == len(dataset), (sampler.items, len(dataset))
-        self.dataset, self.sampler, self.collate = dataset, sampler, collate
+        self.dataset, self.sampler, self.collate, self.pin = dataset, sampler, collate, pin
         self.waited = 0.0  # seconds
 
     def __len__(self) -> int:
@@ -362,7 +363,7 @@ def __iter__(self: TrainLoader):
         self.waited += time.perf_counter() - start
         if found is None:
             return
-        (*batches, last), position = found
+        (*batches, last), position = [b.pin_memory() for b in found[0]] if self.pin else found[0], found[1]
         yield from batches
         self.sampler.epoch, self.sampler.consumed, self.sampler.cursors = position
         yield last

@@ -76,3 +76,21 @@ def test_bfloat16_follows_float32_and_exports(tmp_path, still):
 def test_an_adapter_trains_and_validates(tmp_path, still, strategy):
     losses, said = fit(tmp_path / strategy, "--model.config", still, "--trainer.strategy", strategy, "--model.lora.r", "8", "--trainer.max_steps", "6", "--trainer.val_check_interval", "6")
     assert losses and "valid step 6/6" in said and "LoRA: rank 8" in said and "verified" in said
+
+
+@pytest.mark.parametrize("corpus", ["windows", "packed"])
+def test_a_tokenised_corpus_trains_from_pinned_memory(tmp_path, still, corpus):
+    from fengshen.data.mmap_dataloader import write_mmap
+    from fengshen.data.universal_datamodule import UniversalDataModule
+    from fengshen.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer("fengshen:tokenizer_demo")
+    write_mmap(tmp_path / "poems", tokenizer(["白日依山尽，黄河入海流。" * n for n in range(1, 40)])["input_ids"], vocab_size=len(tokenizer), tokenizer=tokenizer)
+    losses, said = fit(tmp_path / corpus, "--model.config", still, "--data.train", str(tmp_path / "poems"), "--data.valid", "null", "--data.corpus", corpus,
+                       "--data.on_long", "split", "--trainer.max_steps", "30", "--trainer.strategy", "auto")
+    assert losses[0] - losses[-1] > 1 and "compiled blocks = True" in said
+    data = UniversalDataModule(str(tmp_path / "poems"), tokenizer=tokenizer, max_length=64, corpus=corpus, on_long="split")
+    data.setup("fit")
+    loader = data.train_dataloader()
+    loader.pin = True
+    assert all(v.is_pinned() for v in next(iter(loader)).values() if isinstance(v, torch.Tensor))

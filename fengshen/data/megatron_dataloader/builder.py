@@ -42,7 +42,13 @@ class IndexedDatasetBuilder:
 
     def __exit__(self, kind, *_):
         "Finish, or give up."
-        self.finalize() if kind is None else self.abort()
+        if kind is not None:
+            return self.abort()
+        try:
+            self.finalize()
+        except BaseException:
+            self.abort()
+            raise
 
 
 def claim(
@@ -220,8 +226,10 @@ def finalize(
 @patch
 def abort(self: IndexedDatasetBuilder):
     "Leave nothing behind."
-    Path(f"{self.prefix}.bin.partial").unlink()
+    os.truncate(self.data.fileno(), 0)  # on a full disk, makes room for what is still to be flushed
     self.close()
+    for kind in ("bin", "idx"):
+        Path(f"{self.prefix}.{kind}.partial").unlink(missing_ok=True)
 
 
 @patch

@@ -201,7 +201,8 @@ def train_dataloader(self: ConversationDataModule) -> TrainLoader:
     accumulate = self.trainer.accumulate_grad_batches if self.trainer else 1
     sampler = GlobalBatchSampler(order.size if order else len(rows), self.micro_batch, accumulate, **self.place(), seed=self.seed,
                                  fingerprint=rows.fingerprint, order=order)
-    return TrainLoader(rows, sampler, self.collater("train", self.micro_batch))
+    device = getattr(getattr(self.trainer, "strategy", None), "root_device", None)
+    return TrainLoader(rows, sampler, self.collater("train", self.micro_batch), pin=device is not None and device.type != "cpu")
 
 
 @patch
