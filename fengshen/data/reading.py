@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 from ..utils.core import explain, patch
-from ..utils.kernels.loops import fast, view_at
+from ..utils.kernels.loops import fast, prefetch, view_at
 
 # %% ../../nbs/api/data/reading.ipynb #4aa63dc8
 def map_file(
@@ -113,6 +113,12 @@ def copy_plain(addresses, ends, like, starts, unit, lengths, even, out):
 def copy_runs(addresses, ends, like, starts, unit, lengths, even, out):
     "Copy runs of tokens into `out`, one after the other."
     done, shard, size, out = 0, 0, like.itemsize, out.reshape(-1)
+    for i in range(len(starts)):
+        at = starts[i] * unit
+        if 0 <= at < ends[-1]:
+            if at < ends[shard] or at >= ends[shard + 1]:
+                shard = np.searchsorted(ends, at, "right") - 1
+            prefetch(addresses[shard] + np.uint64((at - ends[shard]) * size))
     for i in range(len(starts)):
         at = starts[i] * unit
         left = even if even >= 0 else lengths[i]
