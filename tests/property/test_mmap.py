@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from fengshen.data.mmap_dataloader import MMapDataModule, MMapIndexDataset, ShardWriter, choose_dtype, convert, finished, publish, verify, write_mmap
-from fengshen.data.mmap_dataloader import mmap_format
+from fengshen.data.mmap_dataloader.mmap_format import shard_name
 from fengshen.data.mmap_dataloader.mmap_index_dataset import find_spans
 from fengshen.data.mmap_dataloader.mmap_legacy import write_original
 
@@ -146,7 +146,7 @@ def test_a_million_rows(fresh):
 def test_a_thousand_shards_open_at_once_and_are_mapped_when_read(fresh):
     path, rows = fresh(), [[i, i + 1] for i in range(1000)]
     for number, row in enumerate(rows):  # as a writer leaves them, without waiting for a disk a thousand times
-        prefix, schema = mmap_format.shard_name(number), dict(input_ids="<u2")
+        prefix, schema = shard_name(number), dict(input_ids="<u2")
         path.mkdir(exist_ok=True)
         np.array(row, "<u2").tofile(path / f"{prefix}_input_ids.bin")
         np.array([0, 2], "<u8").tofile(path / f"{prefix}_input_ids.idx")
