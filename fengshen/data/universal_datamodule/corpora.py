@@ -203,9 +203,10 @@ def order(self: Corpora):
 # %% ../../../nbs/api/data/universal_datamodule/corpora.ipynb #06785c96
 def _report(self) -> dict:
     tokens = [len(dataset.tokens()) for dataset in self.datasets]
-    files = [dict(path=str(path), documents=len(d), tokens=n, rows=size) for path, d, n, size in zip(self.paths, self.datasets, tokens, self.sizes)]
+    documents = [len(d.doc_idx) - 1 if isinstance(d, IndexedDataset) else len(d) for d in self.datasets]
+    files = [dict(path=str(path), documents=d, tokens=n, rows=size) for path, d, n, size in zip(self.paths, documents, tokens, self.sizes)]
     weights = {} if self.weights is None else dict(weights=[float(w) for w in self.weights])
-    return dict(corpora=files, samples=sum(len(d) for d in self.datasets), tokens=sum(tokens), rows=len(self), length=self.length, cut=self.cut, **weights)
+    return dict(corpora=files, samples=sum(documents), tokens=sum(tokens), rows=len(self), length=self.length, cut=self.cut, **weights)
 
 
 def _vocab_size(self):
