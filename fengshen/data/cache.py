@@ -68,9 +68,10 @@ def kept_arrays(
     text = json.dumps(settings, sort_keys=True, ensure_ascii=False)
 
     def write(folder):
-        for name, array in build().items():
+        arrays = build()
+        for name, array in arrays.items():
             np.save(folder / f"{name}.npy", array)
-        (folder / "settings.json").write_text(text, "utf-8")
+        (folder / "made_of.json").write_text(json.dumps(dict(settings=text, arrays=list(arrays))), "utf-8")
 
     folder, _ = prepared(hashlib.blake2b(text.encode(), digest_size=16).hexdigest(), write, lambda folder: bool(saved_arrays(folder, text)))
     return saved_arrays(folder, text)
@@ -78,12 +79,13 @@ def kept_arrays(
 
 def saved_arrays(
     folder,  # Where they may be
-    text,  # What `settings.json` has to say
+    text,  # What they have to be made of
 ) -> dict:
     "{name: read-only array, mapped}; an empty dict where something is missing or damaged."
     try:
-        if (folder / "settings.json").read_text("utf-8") != text:
+        made_of = json.loads((folder / "made_of.json").read_text("utf-8"))
+        if made_of["settings"] != text:
             return {}
-        return {path.stem: np.asarray(np.load(path, mmap_mode="r", allow_pickle=False)) for path in sorted(folder.glob("*.npy"))}
-    except (OSError, ValueError):  # not there, or cut short
+        return {name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)) for name in made_of["arrays"]}
+    except (OSError, EOFError, ValueError, KeyError, TypeError):  # not there, or not whole
         return {}

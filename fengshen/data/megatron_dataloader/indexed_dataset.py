@@ -166,7 +166,7 @@ def read(
     copy=False,  # False: in a buffer that a later read overwrites (see `fengshen.data.reading.Ring`); True: in memory of its own
 ) -> torch.Tensor:
     "int64 [tokens of all of them]: the sequences, one after the other; their lengths are `sizes[ids]`."
-    ids = np.asarray(ids)
+    ids = np.asarray(ids, np.int64)
     return self.tokens().read(self.index.starts[ids] // self.index.unit, self.index.sizes[ids], copy)
 
 
