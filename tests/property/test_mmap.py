@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,10 +14,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from fengshen.data.mmap_dataloader import MMapDataModule, MMapIndexDataset, ShardWriter, choose_dtype, convert, finished, publish, verify, write_mmap
+from fengshen.data.mmap_dataloader import (
+    MMapDataModule,
+    MMapIndexDataset,
+    ShardWriter,
+    choose_dtype,
+    convert,
+    finished,
+    mmap_convert,
+    publish,
+    verify,
+    write_mmap,
+)
 from fengshen.data.mmap_dataloader.mmap_format import shard_name
 from fengshen.data.mmap_dataloader.mmap_index_dataset import find_spans
 from fengshen.data.mmap_dataloader.mmap_legacy import write_original
+from fengshen.data.mmap_dataloader.mmap_writer import write_shards
 
 QUICK = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 IDS = st.integers(0, 70_000)
@@ -73,6 +86,24 @@ def test_columns_of_every_kind(fresh, rows):
     for place in (old, new):
         assert [{name: v.tolist() for name, v in row.items()} for row in MMapIndexDataset(place, ragged)] == [{name: row[name] for name in ragged} for row in rows]
     convert(path, fresh(), progress=False)
+
+
+def test_a_conversion_that_was_cut_off_goes_on(fresh, monkeypatch):
+    source, straight, path = fresh(), fresh(), fresh()
+    rows = [[i] * (i % 7) for i in range(500)]
+    write_mmap(source, rows, dict(input_ids="<u4"))
+    monkeypatch.setattr(mmap_convert, "ranges", partial(mmap_convert.ranges, values=20, block=64))
+    monkeypatch.setattr(mmap_convert, "write_shards", lambda folder, parts, schema, number, _: write_shards(folder, parts, schema, number, 300))
+    convert(source, straight, progress=False)
+    read = MMapIndexDataset.__getitems__
+    with monkeypatch.context() as patch:
+        patch.setattr(MMapIndexDataset, "__getitems__", lambda self, ids, copy=True: read(self, ids) if ids[0] < 300 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            convert(source, path, progress=False)
+    assert 0 < sum(record["rows"] for record in finished(path).values()) < 500
+    convert(source, path, progress=False)
+    assert {p.name: p.read_bytes() for p in path.iterdir()} == {p.name: p.read_bytes() for p in straight.iterdir()}
+    assert lists(MMapIndexDataset(path)) == rows and len(finished(path)) > 2
 
 
 @QUICK
