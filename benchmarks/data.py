@@ -177,11 +177,11 @@ def read(work, name):
 
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    flat, ends = corpus(work)
-    limit, random, make = Limit(work, flat), np.random.default_rng(), lambda: (OURS | PEERS)[name](work / name.replace(" ", ""))
+    (flat, ends), folder = corpus(work), work / name.replace(" ", "")
+    limit, random, make = Limit(work, flat), np.random.default_rng(), lambda: (OURS | PEERS)[name](folder)
     ids = random.integers(0, len(ends) - 1, BATCH)
-    warm = [np.fromfile(path, np.uint8).max() for path in [work / "flat.npy", *(work / name.replace(" ", "")).rglob("*")] if path.is_file() and path.stat().st_size]
-    assert warm
+    for path in (work / "flat.npy", *folder.rglob("*")):  # into the page cache
+        path.is_file() and path.read_bytes()
     check(make, Naive(flat, ends), ids, random.integers(0, 40_000, (8, BATCH)))
     out = dict(open=dict(milliseconds=opening(make)))
     reader = make()
@@ -253,7 +253,8 @@ def index(work, name, documents=10_000_000):
             return helpers.build_sample_idx(sizes, order, SEQ, 1, tokens, True, True)
 
     seconds, found = timed(build, 5)
-    return {"sample index": dict(documents=documents, milliseconds=seconds * 1e3, sha256=hashlib.sha256(found.tobytes()).hexdigest()[:16])}
+    mark = hashlib.sha256(found.tobytes()).hexdigest()[:16]
+    return {"sample index": dict(documents=documents, per_second=1 / seconds, milliseconds=seconds * 1e3, sha256=mark)}
 
 
 def timed(build, times):
@@ -351,7 +352,7 @@ def tokens(work, name):
     who, ids = name.split()
     path = work / f"{ids}.jsonl"
     found = documents_in(path)
-    size = sum(len(text.encode()) for text in found)
+    megabytes = sum(len(text.encode()) for text in found) / 1e6
     if who == "fengshen":
         from fengshen.data.preprocess import preprocess
 
@@ -365,11 +366,10 @@ def tokens(work, name):
         start, cpu = time.perf_counter(), processor()
         count = encode(found)
     seconds, cpu = time.perf_counter() - start, processor() - cpu
-    return {f"tokenise, {ids}": dict(megabytes=size / 1e6, megabytes_per_second=size / 1e6 / seconds, megabytes_per_cpu_second=size / 1e6 / cpu, tokens=count)}
+    return {f"tokenise, {ids}": dict(megabytes_per_second=megabytes / seconds, megabytes_per_cpu_second=megabytes / cpu, tokens=count)}
 
 
-PARTS = dict(read=read, write=write, index=index, packing=packing, tokens=tokens, scale=data_scale.scale, workers=data_scale.workers, advice=data_scale.advice,
-             step=data_scale.step, epoch=data_scale.epoch)
+PARTS = {f.__name__: f for f in (read, write, index, packing, tokens, *data_scale.PARTS)}
 
 
 SECTIONS = dict(  # {section: {part: the processes that take turns}}
@@ -378,8 +378,53 @@ SECTIONS = dict(  # {section: {part: the processes that take turns}}
     index=dict(index=["megatron", "megatron-core"], packing=["mmap", "trl"]),
     tokens=dict(tokens=["library tokenizers", "fengshen tokenizers", "library gigatoken", "fengshen gigatoken"]),
     scale=dict(scale=[f"holes-{n}" for n in data_scale.SIZES], workers=[f"holes-{data_scale.SIZES[-1]}"], advice=["random", "usual"]),
-    step=dict(step=[f"{rate} {state}" for rate in (30_000, 500_000) for state in ("warm", "cold", "slow")], epoch=["holes-1"]),
+    step=dict(step=[f"{rate} {state}" for rate in (30_000, 500_000) for state in ("warm", "cold", *data_scale.DISKS)], epoch=["holes-1"]),
 )
+
+
+def times(records, cell, ours, peers, key="of_limit"):
+    """How many times the best of the peers."""
+    known = [records[cell, peer][key] for peer in peers if (cell, peer) in records]
+    return records[cell, ours][key] / max(known) if known else None
+
+
+def targets(r):
+    """(what, wanted, what was measured): larger is better where the wanted number is positive, smaller where it is negative."""
+    small, large = (r["scale", f"holes-{n}"] for n in (data_scale.SIZES[0], data_scale.SIZES[-1]))
+    yield "a batch in stored order, of the C loop", 0.85, r["batch", "mmap"]["of_limit"]
+    yield "a batch in Megatron's order, of the C loop", 0.35, r["batch", "megatron"]["of_limit"]
+    for peer, wanted in (("datasets", 12), ("litdata", 12), ("nanoGPT", 8)):
+        yield f"a batch in stored order, times {peer}", wanted, times(r, "batch", "mmap", [peer])
+    yield "a batch in Megatron's order, times megatron-core", 15, times(r, "batch", "megatron", ["megatron-core"])
+    yield "32 documents, of the C loop", 0.28, r["documents", "mmap"]["of_limit"]
+    for cell, wanted in (("documents", 8), ("document", 2), ("window", 1.2)):
+        yield f"{cell}, times the best peer", wanted, times(r, cell, "mmap", PEERS)
+    yield "opening one shard, ms", -1, r["open", "mmap"]["milliseconds"]
+    yield "opening 1,000 shards, ms", -10, large["open_ms"]
+    yield "writing from arrays, times nanoGPT", 2, times(r, "write", "mmap_arrays", ["nanoGPT"], "tokens_per_second")
+    yield "writing Megatron's format, times megatron-core", 4, times(r, "write", "megatron_arrays", ["megatron-core"], "tokens_per_second")
+    yield "sample index, times megatron-core's C++", 1, times(r, "sample index", "megatron", ["megatron-core"], "per_second")
+    yield "packing a million, times TRL", 50, times(r, "packing 1,000,000", "mmap", ["trl"], "documents_per_second")
+    one, ten = (r[f"packing {documents}", "mmap"] for documents in ("1,000,000", "10,000,000"))
+    yield "packing, fill", 0.999, one["fill"]
+    yield "packing ten million, times the time of one", -11, ten["cpu_seconds"] / one["cpu_seconds"]
+    for ids, wanted in (("tokenizers", 0.9), ("gigatoken", 0.55)):
+        yield f"tokenise and write, of {ids} alone", wanted, share(r, ids)
+    yield "2 TB: open, ms", -1000, large["open_ms"]
+    yield "2 TB: anonymous memory, MB", -300, large["anonymous_mb"]
+    yield "2 TB: second pass of 20,000 windows, of 2 GB", 0.9, large["second_pass_tokens_per_second"] / small["second_pass_tokens_per_second"]
+    yield "2 TB: the same in the training loader", 0.9, large["loader_tokens_per_second"] / small["loader_tokens_per_second"]
+    yield "2 TB: first batch, ms", -1000, large["first_batch_ms"]
+    yield "2 TB: resuming, ms", -10, large["resume_ms"]
+    for (cell, who), found in r.items():
+        if cell.startswith("step"):
+            yield f"waiting at {who}", -0.005, found["waiting"]
+    yield "memory gained over an epoch, MB", -5, r["epoch", "holes-1"]["last_mb"] - r["epoch", "holes-1"]["first_mb"]
+
+
+def share(r, ids):
+    """What tokenising keeps of the library's speed."""
+    return times(r, f"tokenise, {ids}", f"fengshen {ids}", [f"library {ids}"], "megabytes_per_cpu_second")
 
 
 def child(python, part, work, name):
@@ -438,8 +483,11 @@ def main():
         print("\nRESULT " + json.dumps(PARTS[part](options.work, name)), flush=True)
         os._exit(0)  # some libraries wait for their threads
     corpus(options.work)
+    records = {}
 
     def record(**numbers):
+        if "who" in numbers:
+            records[numbers["cell"], numbers["who"]] = numbers
         line = json.dumps(numbers, ensure_ascii=False)
         print(line, flush=True)
         with options.out.open("a", encoding="utf8") as f:
@@ -452,6 +500,11 @@ def main():
     for section in options.only:
         for part, names in SECTIONS[section].items():
             contest(part, names, options, record)
+    if set(options.only) == set(SECTIONS):
+        for what, wanted, found in targets(records):
+            if found is not None:
+                met = bool(found >= wanted if wanted > 0 else found <= -wanted)
+                record(target=what, wanted=f"{'at least' if wanted > 0 else 'at most'} {abs(wanted)}", found=float(f"{found:.4g}"), met=met)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from data_peers import BATCH, SEED, SEQ
 SHARD = 1_000_000_000  # tokens: 2 GB
 SIZES = (1, 4, 16, 64, 256, 1000)  # shards of a dataset
 READ = 20_000 // BATCH  # batches
-DISK = dict(bytes_per_second=100 << 20, reads_per_second=2000)
+DISKS = dict(slow=dict(bytes_per_second=100_000_000, reads_per_second=2000), spinning=dict(bytes_per_second=100_000_000, reads_per_second=200))
 CGROUP = Path("/sys/fs/cgroup/blkio/fengshen-benchmark")
 
 
@@ -115,8 +115,19 @@ def scale(work, name):
     first = time.perf_counter() - start
     cold = rates(data, ids, time.perf_counter)
     warm = statistics.median(rates(data, ids, time.process_time) for _ in range(5))
+    added = memory() - before
     return dict(scale=dict(gigabytes=len(data.tokens) * 2 / 1e9, open_ms=opened * 1e3, first_batch_ms=first * 1e3, cold_tokens_per_second=cold,
-                           second_pass_tokens_per_second=warm, anonymous_mb=memory(), anonymous_mb_added=memory() - before, resume_ms=resuming(data)))
+                           second_pass_tokens_per_second=warm, loader_tokens_per_second=loading(data), resume_ms=resuming(data),
+                           anonymous_mb=memory(), anonymous_mb_added=added))
+
+
+def loading(data):
+    """The second pass over 20,000 windows by the training loader, with what it adds to a batch; its thread's time is counted."""
+    for _ in range(2):
+        start = time.process_time()
+        for _ in zip(range(READ), loader(data, SEED)):
+            pass
+    return READ * BATCH * (SEQ + 1) / (time.process_time() - start)
 
 
 def resuming(data):
@@ -179,10 +190,10 @@ def workers(work, name, count=8):
 
 
 @contextlib.contextmanager
-def slow_disk(device):
-    """This process reads no faster from the disk than `DISK` says; needs a cgroup (version 1, blkio) that one may write."""
+def slow_disk(device, bytes_per_second, reads_per_second):
+    """This process reads no faster from the disk than this; needs a cgroup (version 1, blkio) that one may write."""
     CGROUP.mkdir(exist_ok=True)
-    for key, limit in (("read_bps", DISK["bytes_per_second"]), ("read_iops", DISK["reads_per_second"])):
+    for key, limit in (("read_bps", bytes_per_second), ("read_iops", reads_per_second)):
         (CGROUP / f"blkio.throttle.{key}_device").write_text(f"{device} {limit}")
     (CGROUP / "cgroup.procs").write_text(str(os.getpid()))
     yield
@@ -216,20 +227,22 @@ def waiting(data, tokens_per_second, key, steps=20):
 
 
 def step(work, name):
-    """Waiting at two speeds of training: warm, cold, and from a slow disk."""
+    """Waiting at one speed of training: warm, cold, or cold on a disk of `DISKS`."""
     rate, state = name.split()
-    data = windows(solid(work))
-    key = os.getpid()
-    numbers = dict(tokens_per_second=int(rate))
-    if state == "warm":
-        rates(data, chosen(len(data), key)[:40], time.perf_counter)
-        list(zip(range(25), loader(data, key)))
-    else:
+    data, key, disk = windows(solid(work)), os.getpid(), DISKS.get(state, {})
+    for _ in range(2):  # compiles; and maps what a later epoch finds mapped
+        list(zip(range(50 if state == "warm" else 1), loader(data, key)))
+    if state != "warm":
         forget(work / "solid-4")
-    throttle = slow_disk(device_of(work)) if state == "slow" else contextlib.nullcontext()
-    with throttle:
-        numbers["waiting"] = waiting(data, int(rate), key, steps=8 if int(rate) < 100_000 else 40)
-    return {f"step, {state}": numbers | (DISK if state == "slow" else {})}
+    before = from_disk()
+    with slow_disk(device_of(work), **disk) if disk else contextlib.nullcontext():
+        waited = waiting(data, int(rate), key, steps=8 if int(rate) < 100_000 else 40)
+    return {f"step, {state}": dict(tokens_per_second=int(rate), waiting=waited, disk_mb=from_disk() - before) | disk}
+
+
+def from_disk():
+    """Megabytes that this process has read from a disk."""
+    return next(int(line.split()[1]) / 1e6 for line in open("/proc/self/io") if line.startswith("read_bytes"))
 
 
 def device_of(path):
@@ -247,3 +260,6 @@ def epoch(work, name):
         if number % (total // 10) == 0:
             found.append(memory())
     return dict(epoch=dict(batches=total, first_mb=found[1], last_mb=found[-1], most_mb=max(found)))
+
+
+PARTS = (scale, workers, advice, step, epoch)
