@@ -54,9 +54,9 @@ def fresh(tmp_path):
 def test_any_rows_come_back(fresh, rows, shard, given_schema, pieces):
     "However they are cut into shards and appended to, as rows, as a batch, as flat tokens; verified."
     path, cuts = fresh(), sorted({0, *(min(p, len(rows)) for p in pieces), len(rows)})
-    schema = dict(input_ids="<u4")
+    known = dict(schema=dict(input_ids="<u4")) if given_schema else dict(vocab_size=70_001)
     for a, b in zip(cuts, cuts[1:]) if len(cuts) > 1 else [(0, 0)]:
-        write_mmap(path, rows[a:b], schema if given_schema else schema | {}, shard_values=shard, append=a > 0)
+        write_mmap(path, rows[a:b], **known, shard_values=shard, append=a > 0)
     ds = MMapIndexDataset(path)
     assert len(ds) == len(rows) and lists(ds) == rows
     assert ds.tokens().read([0], [len(ds.tokens())]).tolist() == sum(rows, [])

@@ -124,6 +124,11 @@ class MMapIndexDataset(Dataset):
         "Number of rows."
         return self.size
 
+    def __repr__(self) -> str:
+        "Rows, columns, shards."
+        columns = ", ".join(f"{len(values):,} {name} ({values.dtype.name})" for name, values in self.values.items())
+        return f"MMapIndexDataset: {self.size:,} rows with {columns} in {len(self.ready):,} shard{'s' * (len(self.ready) != 1)}"
+
 # %% ../../../nbs/api/data/mmap_dataloader/mmap_index_dataset.ipynb #83dbeb70
 @patch
 def opened(self: MMapIndexDataset, k) -> list:
