@@ -12,8 +12,18 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fengshen.data.megatron_dataloader import (BlendableDataset, GPTDataset, IndexedDataset, IndexedDatasetBuilder, best_fitting_dtype, blend_steps,
-                                               build_train_valid_test_datasets, infer_dataset_impl, parse_data_prefix, parse_split)
+from fengshen.data.megatron_dataloader import (
+    BlendableDataset,
+    GPTDataset,
+    IndexedDataset,
+    IndexedDatasetBuilder,
+    best_fitting_dtype,
+    blend_steps,
+    build_train_valid_test_datasets,
+    infer_dataset_impl,
+    parse_data_prefix,
+    parse_split,
+)
 from fengshen.data.megatron_dataloader.blendable_dataset import blend
 from fengshen.data.megatron_dataloader.format import CODES
 from fengshen.data.megatron_dataloader.gpt_dataset import gather
