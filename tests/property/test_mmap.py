@@ -415,6 +415,11 @@ def test_the_originals_files_of_other_kinds(fresh):
     write_original(path, [(dict(input_ids=[1, 2], label_ids=[3]), dict(input_ids=[1, 1], label_ids=[1]))])
     with pytest.raises(ValueError, match="different numbers of rows: got {'input_ids': 2, 'label_ids': 1}"):
         MMapIndexDataset(path, ["input_ids", "label_ids"])
+    size = os.path.getsize(f"{path}_input_ids.npy")
+    os.truncate(f"{path}_input_ids.npy", size - 16)
+    with pytest.raises(ValueError, match="144 bytes', expected 160 for 2 rows"):
+        MMapIndexDataset(path)
+    os.truncate(f"{path}_input_ids.npy", size)
     os.truncate(f"{path}_input_ids.bin", 13)
     with pytest.raises(ValueError, match="multiple of 8"):
         MMapIndexDataset(path)

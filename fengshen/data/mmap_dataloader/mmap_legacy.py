@@ -14,7 +14,6 @@ import numpy as np
 import xxhash
 
 from .mmap_format import Column, Stored
-from ..reading import map_file
 from ...utils.core import explain
 
 # %% ../../../nbs/api/data/mmap_dataloader/mmap_legacy.ipynb #3fb2c3ce
@@ -43,20 +42,30 @@ def header(
             raise ValueError(explain(f"{path} is no index", f"{dtype.name} {list(shape)}", "int64 [rows, 2] in C order", "give the prefix of another dataset"))
         return shape[0], f.tell()
 
+# %% ../../../nbs/api/data/mmap_dataloader/mmap_legacy.ipynb #8b747e95
+def check_pairs(
+    stem,  # Of the two files
+    rows,  # In the index
+    start,  # Byte at which it begins
+    count,  # Elements of the bin
+    block=1 << 20,  # Rows looked at together
+):
+    "Refuse an index that points out of its `.bin`, or leaves its end out."
+    last = 0
+    with open(f"{stem}.npy", "rb") as f:
+        f.seek(start)
+        for first in range(0, rows, block):
+            pairs = np.fromfile(f, "<i8", 2 * min(block, rows - first)).reshape(-1, 2)
+            wrong = (pairs[:, 0] < 0) | (pairs[:, 1] < pairs[:, 0]) | (pairs[:, 1] > count)
+            if wrong.any():
+                row = int(wrong.argmax())
+                raise ValueError(explain(f"row {first + row} of {stem}.npy", pairs[row].tolist(), f"start and end in order, from 0 to {count:,}, the elements in {stem.name}.bin",
+                                         "one of the two files is cut off, damaged, or belongs to another: copy both again"))
+            last = max(last, int(pairs[:, 1].max()))
+    if last != count:
+        raise ValueError(explain(f"{stem}.bin has elements behind the last row", f"{count:,} elements", f"{last:,}, where the last row ends", "the two files do not belong together"))
 
-def check_pairs(pairs, count, place):
-    "Refuse an index that points out of its `.bin`."
-    starts, ends = pairs[::2], pairs[1::2]
-    wrong = (starts < 0) | (ends < starts) | (ends > count)
-    if wrong.any():
-        row = int(wrong.argmax())
-        what = f"row {row} of {place}.npy"
-        raise ValueError(explain(what, [int(starts[row]), int(ends[row])], f"start and end in order, from 0 to {count:,}, the elements in {place.name}.bin",
-                                 "one of the two files is cut off, damaged, or belongs to another: copy both again"))
-    if len(ends) and ends.max() != count:
-        raise ValueError(explain(f"{place}.bin has elements behind the last row", f"{count:,} elements", f"{ends.max():,}, where the last row ends", "the two files do not belong together"))
-
-# %% ../../../nbs/api/data/mmap_dataloader/mmap_legacy.ipynb #f96c023c
+# %% ../../../nbs/api/data/mmap_dataloader/mmap_legacy.ipynb #1e7867f0
 def open_pair(
     stem,  # Of the two files
 ) -> tuple:
@@ -67,7 +76,9 @@ def open_pair(
     count, rest = divmod(os.path.getsize(f"{stem}.bin"), 8)
     if rest:
         raise ValueError(explain(f"the size of {stem}.bin", f"{8 * count + rest:,} bytes", "a multiple of 8: int64", "it is cut off, or holds another type"))
-    check_pairs(map_file(f"{stem}.npy", "<i8", 2 * rows, start), count, stem)
+    if os.path.getsize(f"{stem}.npy") != start + 16 * rows:
+        raise ValueError(explain(f"the size of {stem}.npy", f"{os.path.getsize(f'{stem}.npy'):,} bytes", f"{start + 16 * rows:,} for {rows:,} rows", "it is cut off: copy it again"))
+    check_pairs(stem, rows, start, count)
     return rows, start, count
 
 
@@ -82,7 +93,7 @@ def ends_hash(stem) -> str:
             content.update(f.read())
     return content.hexdigest()
 
-# %% ../../../nbs/api/data/mmap_dataloader/mmap_legacy.ipynb #1e7867f0
+# %% ../../../nbs/api/data/mmap_dataloader/mmap_legacy.ipynb #92a4889e
 def original(
     path,  # A prefix, or a whole stem where there is one tensor
     names,  # Of the tensors
@@ -102,7 +113,7 @@ def original(
         {name: ([f"{stems[name]}.npy"], [2 * pair[0]], [pair[1]], "<i8") for name, pair in found.items()},
         2, xxhash.xxh3_128_hexdigest("".join(ends_hash(stem) for stem in stems.values()).encode()), None)
 
-# %% ../../../nbs/api/data/mmap_dataloader/mmap_legacy.ipynb #ff3dc35b
+# %% ../../../nbs/api/data/mmap_dataloader/mmap_legacy.ipynb #b2949d25
 def write_original(
     prefix,  # The files are PREFIX_NAME.npy and PREFIX_NAME.bin
     parts,  # ({name: values of some rows}, {name: their lengths}), as `ShardWriter.add` takes them; lengths for all names
