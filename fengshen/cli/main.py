@@ -132,7 +132,7 @@ def check(name):
 VERBS = dict(
     fit=(_fit, "train a recipe: fengshen fit -c demo --trainer.max_steps 100"),
     doctor=(_doctor, "find what would stop a run, before it starts: fengshen doctor -c demo"),
-    data=(_data, "look at samples, tokens and mask, or print the report: fengshen data show -c demo --find TEXT"),
+    data=(_data, "look at samples (show -c demo --find TEXT), print the report, verify or convert a corpus"),
     preprocess=(_preprocess, "make a dataset of raw text: fengshen preprocess FILES --out FOLDER --tokenizer FOLDER"),
     validate=(_validate, "loss, perplexity and sampled answers of a model: fengshen validate -c demo --model.path FOLDER"),
     generate=(_generate, "continue prompts: fengshen generate FOLDER --prompt TEXT"),
