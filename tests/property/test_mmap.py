@@ -30,6 +30,7 @@ from fengshen.data.mmap_dataloader.mmap_format import shard_name
 from fengshen.data.mmap_dataloader.mmap_index_dataset import find_spans
 from fengshen.data.mmap_dataloader.mmap_legacy import write_original
 from fengshen.data.mmap_dataloader.mmap_writer import write_shards
+from fengshen.data.reading import copy_runs
 
 QUICK = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 IDS = st.integers(0, 70_000)
@@ -328,6 +329,36 @@ def test_the_data_module_takes_a_blend_of_arguments(fresh):
     assert list(module.train_dataloader()) == [4, 4, 2] and module.val_dataloader() == [] and module.hparams["eval_batchsize"] == 3
     with pytest.raises(ValueError, match="no dataset"):
         module.setup("test")
+
+
+def test_appending_that_is_cut_off(fresh):
+    "The dataset stays what it was; the same call goes on, one with other rows is refused, and readers see the new rows when they open it again."
+    path, old, new = fresh(), [[1, 2, 3]] * 3, [[i] * (i % 4) for i in range(40)]
+
+    def crashing():
+        yield from new[:30]
+        raise RuntimeError
+
+    write_mmap(path, old, dict(input_ids="<u2"))
+    before = MMapIndexDataset(path)
+    with pytest.raises(RuntimeError):
+        write_mmap(path, crashing(), shard_values=10, append=True)
+    assert lists(MMapIndexDataset(path)) == old and len(finished(path)) > 2
+    with pytest.raises(ValueError, match="hold other rows"):
+        write_mmap(path, new[3:], shard_values=10, append=True)
+    write_mmap(path, new, shard_values=10, append=True)
+    assert lists(MMapIndexDataset(path)) == old + new and lists(before) == old and verify(path, progress=False)
+
+
+def test_without_numba(fresh, monkeypatch):
+    path, rows = fresh(), [[i] * (i % 5) for i in range(40)]
+    write_mmap(path, rows, shard_values=20)
+    for loop in (find_spans, copy_runs):
+        monkeypatch.setattr(loop, "run", loop.plain)
+    ds = MMapIndexDataset(path)
+    assert lists(ds.__getitems__(range(-40, 40))) == rows * 2
+    with pytest.raises(IndexError):
+        ds.__getitems__([40])
 
 
 # ---- damage
