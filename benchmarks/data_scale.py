@@ -12,33 +12,29 @@ from pathlib import Path
 import numpy as np
 from data_peers import BATCH, SEED, SEQ
 
-SHARD = 1_000_000_000  # tokens: 2 GB
-SIZES = (1, 4, 16, 64, 256, 1000)  # shards of a dataset
+SIZES = (1, 8, 32, 128, 512, 2000)  # gigabytes, in files of two
 READ = 20_000 // BATCH  # batches
 DISKS = dict(slow=dict(bytes_per_second=100_000_000, reads_per_second=2000), spinning=dict(bytes_per_second=100_000_000, reads_per_second=200))
 CGROUP = Path("/sys/fs/cgroup/blkio/fengshen-benchmark")
 
 
-def holes(work, shards):
-    """A dataset of files that are all hole: read as zeros, and no disk is taken. Their rows are of 1,000 tokens, and share one index file."""
+def holes(work, gigabytes):
+    """A dataset of files that are all hole: read as zeros, and no disk is taken. Rows are of 1,000 tokens, and all shards share one index file."""
     from fengshen.data.mmap_dataloader.mmap_writer import publish
 
-    folder = work / f"holes-{shards}"
-    if not (folder / "manifest.json").exists():
-        folder.mkdir(exist_ok=True)
-        rows = SHARD // 1000
-        index = work / "holes.idx"
-        if not index.exists():
-            (np.arange(rows + 1, dtype="<u8") * 1000).tofile(index)
-        for k in range(shards):
-            name = folder / f"shard-{k:05d}"
-            with open(f"{name}_input_ids.bin", "wb") as f:
-                f.truncate(2 * SHARD)
-            Path(f"{name}_input_ids.idx").unlink(missing_ok=True)
-            os.link(index, f"{name}_input_ids.idx")
-            record = dict(schema=dict(input_ids="<u2"), rows=rows, elements=dict(input_ids=SHARD), block=1 << 22, sums={})
-            Path(f"{name}.json").write_text(json.dumps(record))
-        publish(folder)
+    folder, size = work / f"holes-{gigabytes}", min(gigabytes, 2) * 500_000_000
+    if (folder / "manifest.json").exists():
+        return folder
+    folder.mkdir(exist_ok=True)
+    np.arange(0, size + 1, 1000, dtype="<u8").tofile(folder / "index")
+    for k in range(max(1, gigabytes // 2)):
+        name = folder / f"shard-{k:05d}"
+        with open(f"{name}_input_ids.bin", "wb") as f:
+            f.truncate(2 * size)
+        os.link(folder / "index", f"{name}_input_ids.idx")
+        record = dict(schema=dict(input_ids="<u2"), rows=size // 1000, elements=dict(input_ids=size), block=1 << 22, sums={})
+        Path(f"{name}.json").write_text(json.dumps(record))
+    publish(folder)
     return folder
 
 
@@ -60,8 +56,8 @@ def solid(work, gigabytes=4):
 
 def make(work):
     """All datasets of these parts."""
-    for shards in SIZES:
-        holes(work, shards)
+    for gigabytes in SIZES:
+        holes(work, gigabytes)
     solid(work)
 
 
@@ -104,20 +100,18 @@ def rates(data, ids, clock):
 def scale(work, name):
     """One size, in a process of its own: opening, the first batch, a cold and warm passes, memory."""
     folder = work / name
-    ready = windows(holes(work, 1))
-    ready.__getitems__(chosen(len(ready))[0])  # imported and compiled
+    next(iter(loader(windows(solid(work)), 0)))  # imported and compiled
     forget(folder)
     before, start = memory(), time.perf_counter()
     data = windows(folder)
     opened = time.perf_counter() - start
-    ids = chosen(len(data))
-    data.__getitems__(ids[0])
-    first = time.perf_counter() - start
+    next(iter(loader(data, 0)))
+    first, ids = time.perf_counter() - start, chosen(len(data))
     cold = rates(data, ids, time.perf_counter)
     warm = statistics.median(rates(data, ids, time.process_time) for _ in range(5))
-    added = memory() - before
+    added, (seek, resumed) = memory() - before, resuming(data)
     return dict(scale=dict(gigabytes=len(data.tokens) * 2 / 1e9, open_ms=opened * 1e3, first_batch_ms=first * 1e3, cold_tokens_per_second=cold,
-                           second_pass_tokens_per_second=warm, loader_tokens_per_second=loading(data), resume_ms=resuming(data),
+                           second_pass_tokens_per_second=warm, loader_tokens_per_second=loading(data), seek_ms=seek, resumed_batch_ms=resumed,
                            anonymous_mb=memory(), anonymous_mb_added=added))
 
 
@@ -131,7 +125,7 @@ def loading(data):
 
 
 def resuming(data):
-    """Milliseconds from a saved position to the batch after it, at the worst of 20 positions."""
+    """Milliseconds from a saved position to the numbers of the next windows, and to their tokens: the worst of 20 positions, never read before."""
     from fengshen.data.blend import Blend
     from fengshen.data.sampler import GlobalBatchSampler
 
@@ -143,9 +137,11 @@ def resuming(data):
         state["blend"] = state["blend"] | dict(drawn=[state["consumed"]], since=[state["consumed"]])
         start = time.perf_counter()
         sampler.load_state_dict(state)
-        data.__getitems__(sampler.window()[0])
-        found.append(time.perf_counter() - start)
-    return max(found[1:]) * 1e3  # the first one compiles
+        numbers = sampler.window()[0]
+        found.append([time.perf_counter() - start])
+        data.__getitems__(numbers)
+        found[-1].append(time.perf_counter() - start)
+    return (np.max(found[1:], axis=0) * 1e3).tolist()  # the first one compiles
 
 
 def advice(work, name):
@@ -164,13 +160,13 @@ def worker(folder, number, barrier, results):
     """One of eight readers: what it read in two seconds, and its memory."""
     data = windows(folder)
     ids = chosen(len(data), number)
-    rates(data, ids[:20], time.perf_counter)
+    rates(data, ids, time.perf_counter)
     barrier.wait()
     count, end = 0, time.perf_counter() + 2
     while time.perf_counter() < end:
-        rates(data, ids[:20], time.perf_counter)
-        count += 20 * BATCH * (SEQ + 1)
-    results.put((count / 2, memory(), memory("RssFile")))
+        data.__getitems__(ids[count % READ])
+        count += 1
+    results.put((count * BATCH * (SEQ + 1) / 2, memory()))
     barrier.wait()
 
 
