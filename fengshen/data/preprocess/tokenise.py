@@ -16,10 +16,9 @@ from functools import lru_cache
 from itertools import chain
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from .sentences import split_sentences
-from ..task_dataloader.encode import own_copy
+from ..task_dataloader.encode import made_of
 from ...utils.core import choice, explain, need, pick
 
 # %% ../../../nbs/api/data/preprocess/tokenise.ipynb #eefb6ea5
@@ -28,7 +27,7 @@ def rules_of(
 ):
     "Its rules as JSON, or the tokenizer itself where it is written in Python."
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    return tokenizer if backend is None else own_copy(backend, False).to_str()
+    return tokenizer if backend is None else backend.to_str()
 
 
 def gathered(lists) -> tuple:
@@ -42,7 +41,7 @@ def gathered(lists) -> tuple:
 
 def fast_engine(rules):
     "The tokenizers library, on all cores."
-    own = own_copy(Tokenizer.from_str(rules), True)
+    own = made_of(rules, literally=True)
     return lambda texts: gathered(encoding.ids for encoding in own.encode_batch_fast(texts, add_special_tokens=False))
 
 
@@ -53,7 +52,7 @@ def python_engine(tokenizer):
 # %% ../../../nbs/api/data/preprocess/tokenise.ipynb #99c94b9a
 def gigatoken_engine(rules):
     "The package gigatoken, on all cores; a `ValueError` for a tokenizer that it does not know."
-    rules = json.loads(rules)
+    rules = json.loads(rules) | dict(truncation=None, padding=None)
     rules["added_tokens"] = [token for token in rules["added_tokens"] if not token["special"]]
     try:
         own = need("gigatoken").Tokenizer.from_json(json.dumps(rules))
