@@ -18,11 +18,11 @@ from ..cache import kept_arrays
 from .gpt_index import gpt_index
 from ..reading import Ring
 from ...utils.core import explain, patch
-from ...utils.kernels.loops import fast
+from ...utils.kernels.loops import fast, prefetch
 
 # %% ../../../nbs/api/data/megatron_dataloader/gpt_dataset.ipynb #dbf270db
 def gather_plain(flat, starts, unit, sizes, documents, samples, shuffle, ids, pad, out):
-    "Fill the rows of `out`; -1 - a row if its number is outside or it leads outside the file, else 0 or more."
+    "Fill the rows of `out`; 0, or -1 - a row whose number is outside, or that leads outside the file."
     for b, i in enumerate(ids.tolist()):
         if not 0 <= i < len(shuffle):
             return -1 - b
@@ -40,15 +40,16 @@ def gather_plain(flat, starts, unit, sizes, documents, samples, shuffle, ids, pa
 # %% ../../../nbs/api/data/megatron_dataloader/gpt_dataset.ipynb #c964e609
 @fast(gather_plain)
 def gather(flat, starts, unit, sizes, documents, samples, shuffle, ids, pad, out):
-    "Fill the rows of `out`; -1 - a row if its number is outside or it leads outside the file, else 0 or more."
+    "Fill the rows of `out`; 0, or -1 - a row whose number is outside, or that leads outside the file."
     width, pieces, rows = out.shape[1], 0, np.empty(len(ids), np.int64)
     for b in range(len(ids)):
         if ids[b] < 0 or ids[b] >= len(shuffle):
             return -1 - b
         rows[b] = shuffle[ids[b]]
     for row in rows:
+        prefetch(documents.ctypes.data + np.int64(samples[row, 0]) * documents.itemsize)
         pieces += samples[row + 1, 0] - samples[row, 0] + 1
-    plan, pieces = np.empty((pieces, 3), np.int64), 0
+    plan, pieces, base, size = np.empty((pieces, 3), np.int64), 0, flat.ctypes.data, flat.itemsize
     for b in range(len(ids)):
         place, last, offset, done = np.int64(samples[rows[b], 0]), samples[rows[b] + 1, 0], np.int64(samples[rows[b], 1]), 0
         while done < width and place <= last:
@@ -56,21 +57,22 @@ def gather(flat, starts, unit, sizes, documents, samples, shuffle, ids, pad, out
             start, take = starts[k] // unit + offset, min(sizes[k] - offset, width - done)
             if start < 0 or take < 0 or start + take > len(flat):
                 return -1 - b
+            prefetch(base + start * size)
             plan[pieces, 0], plan[pieces, 1], plan[pieces, 2] = start, take, b * width + done
             place, offset, done, pieces = place + 1, 0, done + take, pieces + 1
         out[b, done:] = pad
-    out, line, touched = out.reshape(-1), 64 // flat.itemsize, 0
-    for first in range(0, pieces, 16):
-        last = min(first + 16, pieces)
+    out = out.reshape(-1)
+    for first in range(0, pieces, 8):
+        last = min(first + 8, pieces)
         for p in range(first, last):
-            for j in range(plan[p, 0], plan[p, 0] + plan[p, 1], line):
-                touched |= np.int64(flat[j]) & 1
+            for line in range(plan[p, 0] * size, (plan[p, 0] + plan[p, 1]) * size, 64):
+                prefetch(base + line)
         for p in range(first, last):
             start, take, done = plan[p, 0], plan[p, 1], plan[p, 2]
             source, target = flat[start : start + take], out[done : done + take]
             for j in range(take):
                 target[j] = source[j]
-    return touched
+    return 0
 
 # %% ../../../nbs/api/data/megatron_dataloader/gpt_dataset.ipynb #70b6e7f5
 class GPTDataset:
