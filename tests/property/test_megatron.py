@@ -25,7 +25,7 @@ from fengshen.data.megatron_dataloader import (
     parse_split,
 )
 from fengshen.data.megatron_dataloader.blendable_dataset import blend
-from fengshen.data.megatron_dataloader.format import CODES
+from fengshen.data.megatron_dataloader.format import CODES, header
 from fengshen.data.megatron_dataloader.gpt_dataset import gather
 from fengshen.data.megatron_dataloader.gpt_index import gpt_index, sample_index
 from fengshen.data.megatron_dataloader.splits import core_cuts, original_cuts
@@ -104,7 +104,7 @@ def test_reading_is_a_list(tmp_path, documents, code, data):
     sequences = [s for document in documents for s in document]
     ds.verify()
     assert len(ds) == len(sequences) and [s.tolist() for s in ds] == sequences and ds.sizes.tolist() == list(map(len, sequences))
-    assert infer_dataset_impl(tmp_path / "p") == "mmap" and ds.dtype == CODES[code]
+    assert infer_dataset_impl(tmp_path / "p") == "mmap" and infer_dataset_impl(tmp_path / "q") is None and ds.dtype == CODES[code]
     a, b = data.draw(st.integers(-30, 30)), data.draw(st.integers(-30, 30))
     assert [s.tolist() for s in ds[a:b]] == sequences[a:b]
     if sequences:
@@ -308,6 +308,26 @@ def test_a_million_documents_and_none(tmp_path):
             GPTDataset(dataset, 4)
 
 
+def test_two_terabytes(tmp_path):
+    "A file with holes: what is opened is a thousand documents of a billion tokens."
+    sizes = np.full(1000, 1_000_000_000, "<i4")
+    ends = np.cumsum(sizes, dtype="<i8")
+    parts = header("<u2", 1000, 1001), sizes.tobytes(), ((ends - sizes) * 2).tobytes(), np.arange(1001, dtype="<i8").tobytes()
+    path = put(tmp_path, b"".join(parts), b"")
+    with open(f"{path}.bin", "r+b") as file:
+        try:
+            file.truncate(2_000_000_000_000)
+        except OSError:
+            pytest.skip("the file system has no room for a name of 2 TB")
+        file.seek(1_999_999_999_998)
+        file.write(b"\x07\x00")
+    start = time.perf_counter()
+    ds = IndexedDataset(path)
+    windows = StoredWindows(ds.tokens(), 1024, ds.fingerprint)
+    assert windows.tokens.read([10**12 - 1], [1]).tolist() == [7] and ds[-1][-1] == 7 and len(windows) == 976_562_499
+    assert windows.__getitems__([0, 500_000_000, len(windows) - 1]).sum() == 0 and time.perf_counter() - start < 5
+
+
 def test_types_by_vocabulary():
     assert [best_fitting_dtype(n) for n in (None, 0, 65_499, 65_500, 200_000)] == [np.int32, np.uint16, np.uint16, np.int32, np.int32]
 
@@ -435,6 +455,13 @@ def test_streams_longer_than_32_bits():
         rows.append(np.empty((count + 1, 2), np.int64))
         form(sizes, documents, 1_000_000, 1, rows[-1])
     assert (rows[0] == rows[1]).all() and rows[0][-1].tolist() == [6, 1_999_000_000]
+
+
+def test_documents_of_several_sequences(tmp_path, capsys):
+    GPTDataset(IndexedDataset(put(tmp_path, *by_hand([[[1, 2, 3], [4, 5, 6]]]))), 2)
+    assert "a document is several sequences" in capsys.readouterr().out
+    GPTDataset(corpus(tmp_path, [3, 3]), 2)
+    assert capsys.readouterr().out == ""
 
 
 def test_samples_of_a_dataset(tmp_path):

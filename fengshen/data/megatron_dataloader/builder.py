@@ -32,7 +32,9 @@ class IndexedDatasetBuilder:
     ):
         self.prefix, self.dtype = str(path).removesuffix(".bin"), np.dtype(dtype).newbyteorder("<")
         header(self.dtype, 0, 0)  # a type without a code is refused before anything is written
-        self.data, folder = claim(f"{self.prefix}.bin.partial"), Path(self.prefix).parent
+        folder = Path(self.prefix).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        self.data = claim(f"{self.prefix}.bin.partial")
         self.files = dict(sizes=tempfile.TemporaryFile(dir=folder), docs=tempfile.TemporaryFile(dir=folder))
         self.pending, self.sequences = dict(sizes=[], docs=[0]), 0
 

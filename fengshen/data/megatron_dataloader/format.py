@@ -114,7 +114,9 @@ def read_index(
 def infer_dataset_impl(
     prefix,  # Path without .idx
 ):
-    "'mmap', 'cached' (the older format), or None for a file that is neither."
+    "'mmap', 'cached' (the older format), or None for a file that is neither, or is not there."
+    if not os.path.exists(f"{prefix}.idx"):
+        return None
     with open(f"{prefix}.idx", "rb") as f:
         start = f.read(9)
     return "cached" if start.startswith(LEGACY) else "mmap" if start == MAGIC else None

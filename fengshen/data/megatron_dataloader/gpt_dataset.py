@@ -17,7 +17,7 @@ import xxhash
 from ..cache import kept_arrays
 from .gpt_index import gpt_index
 from ..reading import Ring
-from ...utils.core import explain, patch
+from ...utils.core import explain, patch, say
 from ...utils.kernels.loops import fast, prefetch
 
 # %% ../../../nbs/api/data/megatron_dataloader/gpt_dataset.ipynb #dbf270db
@@ -111,6 +111,9 @@ class GPTDataset:
 def open(self: GPTDataset):
     "Map the order from the cache, or build it."
     first, stop, sizes = self.asked["first"], self.asked["stop"], self.dataset.sizes
+    if len(self.dataset.doc_idx) <= len(sizes) == self.dataset.doc_idx[-1]:
+        told = "a document is several sequences, and Megatron's order shuffles them one by one"
+        say(f"{self.dataset.idx}: {told}; for a causal model, write each document as one")
     settings = dict(self.asked, what="order of GPT samples", sizes=xxhash.xxh3_128_hexdigest(np.ascontiguousarray(sizes[first:stop])))
     arrays = kept_arrays(settings, lambda: self.dataset.verify() or gpt_index(sizes, **self.asked))
     self.document_index, self.sample_index, self.shuffle_index = (arrays[f"{name}_index"] for name in ("document", "sample", "shuffle"))
