@@ -75,7 +75,8 @@ def documents(
                 counts["bad"] += 1
                 bad_line(source, place, str(e) if isinstance(e, BadLine) else "half of a character (a surrogate), which is no Unicode text", content)
                 continue
-            if why := fault(text, job.min_chars, job.max_chars):
+            why = fault(text, job.min_chars, job.max_chars)
+            if why:
                 counts[why] += 1
             else:
                 yield text

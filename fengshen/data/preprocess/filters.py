@@ -21,7 +21,7 @@ def fault(
     max_chars=None,  # Characters at most; None: any number
 ) -> str:
     'Why a text is left out: "empty", "short", "long", or "" where it stays.'
-    if not text.strip():
+    if not text or text.isspace():
         return "empty"
     if len(text) < min_chars:
         return "short"

@@ -113,11 +113,11 @@ class Tokeniser:
 
     def __call__(self, texts) -> Tokens:
         "The tokens of a list of texts."
-        parts = [split_sentences(text) for text in texts] if self.sentences else [[text] for text in texts]
-        ids, lengths = engine_of(self.engine, self.rules)(list(chain.from_iterable(parts)))
-        owners = np.repeat(np.arange(len(parts)), [len(part) for part in parts])[lengths > 0]
-        counts = np.unique(owners, return_counts=True)[1]
-        return closed(Tokens(ids, lengths[lengths > 0], counts), self.end)
+        parts = [split_sentences(text) for text in texts] if self.sentences else None
+        ids, lengths = engine_of(self.engine, self.rules)(texts if parts is None else list(chain.from_iterable(parts)))
+        owners = np.arange(len(texts)) if parts is None else np.repeat(np.arange(len(texts)), [len(part) for part in parts])
+        counts = np.bincount(owners[lengths > 0], minlength=len(texts))
+        return closed(Tokens(ids, lengths[lengths > 0], counts[counts > 0]), self.end)
 
 
 def closed(
