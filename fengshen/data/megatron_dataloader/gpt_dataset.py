@@ -145,6 +145,20 @@ GPTDataset.fingerprint = property(get_fingerprint, doc="Identity of the corpus a
 
 # %% ../../../nbs/api/data/megatron_dataloader/gpt_dataset.ipynb #44e4c045
 @patch
+def fill(
+    self: GPTDataset,
+    ids,  # int64: numbers of samples, each from 0
+    array,  # int64 [len(ids), width]: is written
+):
+    "Write samples into an array; an `IndexError` for a number outside."
+    if (bad := gather.ready()(*self.sources, ids, self.pad, array)) < 0:
+        if not 0 <= ids[-1 - bad] < len(self):
+            raise IndexError(f"sample {ids[-1 - bad]:,} of {len(self):,}")
+        what = f"{self.dataset.idx} leads outside {self.dataset.bin}"
+        raise ValueError(explain(what, f"sample {ids[-1 - bad]}", "sequences inside the file", "the index is damaged"))
+
+
+@patch
 def __getitems__(
     self: GPTDataset,
     ids,  # Numbers of samples, each from 0
@@ -152,16 +166,8 @@ def __getitems__(
 ) -> torch.Tensor:
     "int64 [len(ids), width]: the batch."
     ids = np.asarray(ids, np.int64)
-    if copy:
-        batch = torch.empty((len(ids), self.width), dtype=torch.int64)
-        array = batch.numpy()
-    else:
-        array, batch = self.ring.take((len(ids), self.width))
-    if (bad := gather(*self.sources, ids, self.pad, array)) < 0:
-        if not 0 <= ids[-1 - bad] < len(self):
-            raise IndexError(f"sample {ids[-1 - bad]:,} of {len(self):,}")
-        what = f"{self.dataset.idx} leads outside {self.dataset.bin}"
-        raise ValueError(explain(what, f"sample {ids[-1 - bad]}", "sequences inside the file", "the index is damaged"))
+    array, batch = (Ring(1) if copy else self.ring).take((len(ids), self.width))
+    self.fill(ids, array)
     return batch
 
 
@@ -173,4 +179,6 @@ def __getitem__(
     "int64 [width], in memory of its own."
     if not -len(self) <= operator.index(i) < len(self):
         raise IndexError(f"sample {i} of {len(self):,}")
-    return self.__getitems__([i % len(self)], copy=True)[0]
+    array = np.empty((1, self.width), np.int64)
+    self.fill(np.array([i % len(self)]), array)
+    return torch.from_numpy(array[0])
