@@ -28,7 +28,7 @@ def cache_folder() -> Path:
             return wanted
     except OSError as e:
         other = Path(tempfile.gettempdir()) / f"fengshen-{os.getuid()}/data"
-        say(f"the cache {wanted} cannot be written ({e.strerror}); tokenised data goes to {other} (FENGSHEN_CACHE names another place)")
+        say(f"the cache {wanted} cannot be written ({e.strerror}); what is built goes to {other} (FENGSHEN_CACHE names another place)")
         other.mkdir(parents=True, exist_ok=True)
         return other
 

@@ -71,6 +71,15 @@ def corpus(folder, sizes, name="p", seed=0):
     return IndexedDataset(folder / name)
 
 
+def orders():
+    return [path for path in (os.scandir(os.path.join(os.environ["FENGSHEN_CACHE"], "data"))) if path.is_dir()]
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FENGSHEN_CACHE", str(tmp_path / "cache"))
+
+
 # Files
 
 @many
@@ -488,6 +497,21 @@ def test_samples_of_a_dataset(tmp_path):
         GPTDataset(ds, 5, drop_last=False)
 
 
+def test_without_numba(cache, tmp_path, monkeypatch):
+    ds = corpus(tmp_path, np.arange(300) * 7919 % 23)
+    with_it = GPTDataset(ds, 16, samples=500)
+    monkeypatch.setenv("FENGSHEN_CACHE", str(tmp_path / "other"))
+    for loop in (sample_index, gather, blend):
+        monkeypatch.setattr(loop, "run", loop.plain)
+    without = GPTDataset(ds, 16, samples=500)
+    ids = range(len(without))
+    assert len(orders()) == 1 and (without.sample_index == with_it.sample_index).all()
+    mixed = BlendableDataset([without, with_it], [2, 1])
+    batches = [dataset.__getitems__(ids, copy=True) for dataset in (without, mixed)]
+    monkeypatch.undo()
+    assert batches[0].equal(with_it.__getitems__(ids)) and batches[1].equal(BlendableDataset([with_it, with_it], [2, 1]).__getitems__(ids))
+
+
 # Blends
 
 WEIGHTS = st.lists(st.floats(0, 1e3) | st.just(0.0), min_size=1, max_size=6).filter(lambda weights: sum(weights) > 1e-3)
@@ -604,15 +628,6 @@ def test_training_validation_and_test_share_nothing(tmp_path):
 
 
 # The cache of orders
-
-def orders():
-    return [path for path in (os.scandir(os.path.join(os.environ["FENGSHEN_CACHE"], "data"))) if path.is_dir()]
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("FENGSHEN_CACHE", str(tmp_path / "cache"))
-
 
 def test_an_order_is_kept_by_content_and_settings(cache, tmp_path):
     ds = corpus(tmp_path, [5] * 100)
