@@ -10,10 +10,10 @@ import time
 
 import pytest
 
+from fengshen.data.cache import cache_folder
 from fengshen.data.task_dataloader.conversations import ConversationDataset
 from fengshen.data.task_dataloader.prepare import Preparation
 from fengshen.data.task_dataloader.records import find_sources
-from fengshen.data.cache import cache_folder
 from fengshen.data.task_dataloader.store import FIELDS
 from fengshen.data.task_dataloader.templates import get_template
 from fengshen.tokenizer import load_tokenizer
