@@ -15,7 +15,6 @@ from filelock import FileLock
 
 from fengshen.cli.main import main
 from fengshen.data.preprocess import pipeline
-from fengshen.data.preprocess.build import build_unit
 from fengshen.data.preprocess.engines import run_processes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,6 +64,7 @@ def child(folder, code, **words):
 
 
 DIE_IN_UNIT_3 = """
+    build_unit = pipeline.build_unit
     def deadly(job, number, advance):
         build_unit(job, number, (lambda *moved: os.kill(os.getpid(), signal.SIGKILL)) if number == 3 else advance)
     pipeline.build_unit = deadly"""
