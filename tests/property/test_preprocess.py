@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from fengshen.data.megatron_dataloader import IndexedDataset
 from fengshen.data.mmap_dataloader.mmap_format import read_manifest
+from fengshen.data.mmap_dataloader.mmap_writer import ShardWriter
 from fengshen.data.preprocess import preprocess, split_sentences
 from fengshen.data.preprocess.filters import find_duplicates, text_hash
 from fengshen.data.preprocess.texts import texts_of
@@ -226,8 +227,19 @@ def test_another_command_for_the_same_place_is_refused(tmp_path):
     assert files_of(tmp_path / "out") == before
 
 
+def test_a_command_that_failed_at_once_may_be_corrected(tmp_path):
+    raw = jsonl(tmp_path / "raw.jsonl", ["道"])
+    with pytest.raises(ValueError, match="none of the fields body"):
+        preprocess(raw, tmp_path / "out", TOKENIZER, field="body")
+    assert preprocess(raw, tmp_path / "out", TOKENIZER, field="text")["counts"]["kept"] == 1
+
+
 def test_a_dataset_of_somebody_else_is_left_alone(tmp_path):
     raw = jsonl(tmp_path / "raw.jsonl", ["道"])
+    with ShardWriter(tmp_path / "shards", 0, dict(input_ids="<u2")) as writer:
+        writer.add(dict(input_ids=[1]), dict(input_ids=[1]))
+    with pytest.raises(ValueError, match="there is a dataset already"):
+        preprocess(raw, tmp_path / "shards", TOKENIZER)
     for name, kind in (("out/manifest.json", "mmap"), ("out.idx", "megatron")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}")

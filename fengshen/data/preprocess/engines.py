@@ -9,6 +9,7 @@ __all__ = ['CORES_EACH', 'ENGINES', 'run_here', 'worker_count', 'begin', 'end_wi
 # %% ../../../nbs/api/data/preprocess/engines.ipynb #1e01e5d1
 import multiprocessing
 import os
+import signal
 import threading
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -50,6 +51,7 @@ def begin(job, shared, threads):
     "What a worker process does first."
     global JOB, SHARED
     JOB, SHARED = job, shared
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which has the others stop
     os.environ["RAYON_NUM_THREADS"] = str(threads)
     threading.Thread(target=end_with_parent, daemon=True).start()
 

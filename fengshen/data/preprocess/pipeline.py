@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REASONS', 'input_files', 'make_plan', 'digest', 'check_plan', 'Report', 'summed', 'Bar', 'run_units',
-           'mark_duplicates', 'run_job', 'gather_skipped', 'make_job', 'preprocess', 'first_texts', 'go_on']
+           'mark_duplicates', 'run_job', 'gather_skipped', 'make_job', 'preprocess', 'begin', 'first_texts', 'go_on']
 
 # %% ../../../nbs/api/data/preprocess/pipeline.ipynb #b37a60ef
 import errno
@@ -87,7 +87,7 @@ class Report(dict):
         c = Counter(self["counts"])
         left_out = ", ".join(f"{c[name]:,} {words}" for name, words in REASONS.items() if c[name])
         unknown = f", {c['unknown'] / c['tokens']:.2%} of them unknown to the tokenizer" if c["unknown"] else ""
-        lines = [f"{self['out']}: {c['kept']:,} of {c['read']:,} documents kept, {c['bytes'] / 1e6:,.1f} MB of text, {c['tokens']:,} tokens{unknown}"]
+        lines = [f"{self['out']}: {c['kept']:,} of {c['read']:,} documents kept, {c['bytes'] / 1e6:,.1f} MB of text read, {c['tokens']:,} tokens{unknown}"]
         lines += [f"left out: {left_out}"] if left_out else []
         return "\n".join(lines + ([f"sentences: {c['sequences']:,}"] if self["plan"]["sentences"] else []))
 
@@ -228,6 +228,17 @@ def preprocess(
     return report
 
 
+def begin(job, plan):
+    "Write the plan down, or go on with that of an interrupted call; a plan of which nothing was done yet does not count."
+    path, parts = job.work / "plan.json", job.output.finished(len(job.units))
+    if not path.exists() and (parts or job.output.data.exists()):
+        shutil.rmtree(job.work)
+        raise ValueError(explain("there is a dataset already", str(job.output.out), "a new place", "give another --out, or remove it"))
+    if not parts and not any(job.work.glob("hashes-*.npy")):
+        path.unlink(missing_ok=True)
+    check_plan(path, plan)
+
+
 def first_texts(job) -> list:
     "The first documents: up to a thousand, or a megabyte of them."
     return next(chunks(documents(job, 0, Counter(), ignore)), [])
@@ -240,12 +251,10 @@ def go_on(job, plan, **how) -> Report:
         check_plan(done, plan)
         say(f"{job.output.out} is there already, made by the same command")
         return Report(read_json(done))
-    if job.output.data.exists() and not job.work.exists():
-        raise ValueError(explain("there is a dataset already", str(job.output.data), "a new place", "give another --out, or remove it"))
     job.work.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(job.work / "lock", timeout=0):
-            check_plan(job.work / "plan.json", plan)
+            begin(job, plan)
             if job.tokeniser.engine == "gigatoken":
                 say(f"gigatoken gives the tokenizer's ids on {check_engine(job.tokeniser, first_texts(job)):,} texts")
             return run_job(job, plan, **how)
