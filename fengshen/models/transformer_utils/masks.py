@@ -235,4 +235,4 @@ def knows_boundaries(
     attention,  # Name of the attention
 ) -> bool:
     "Whether the attention keeps documents apart by `cu_seq_lens_q` itself, without a mask."
-    return attention in (NAME, FLASH) or attention.startswith("flash_attention")
+    return attention == NAME or attention.startswith("flash_attention")
