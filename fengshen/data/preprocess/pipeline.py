@@ -17,7 +17,7 @@ import xxhash
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from ..mmap_dataloader.mmap_format import read_json, tokenizer_mark, write_json
+from ..mmap_dataloader.mmap_format import choose_dtype, read_json, tokenizer_mark, write_json
 from .build import Job, build_unit, chunks, documents, hash_unit, ignore
 from .engines import ENGINES, run_processes, worker_count
 from .filters import check_limits, find_duplicates
@@ -190,9 +190,10 @@ def make_job(
     "The job of a call."
     pick("on_bad_line", settings["on_bad_line"], dict.fromkeys(("error", "skip")))
     check_limits(settings["min_chars"], settings["max_chars"])
-    rules = rules_of(tokenizer)
-    tokeniser = Tokeniser(rules, end, sentences, pick("engine of ids", ids, dict(tokenizers="tokenizers", gigatoken="gigatoken")) if isinstance(rules, str) else "python")
-    output = pick("format", format, FORMATS)(Path(out), max(tokenizer.get_vocab().values()) + 1, sentences)
+    rules, vocab_size = rules_of(tokenizer), max(tokenizer.get_vocab().values()) + 1
+    chosen = pick("engine of ids", ids, dict(tokenizers="tokenizers", gigatoken="gigatoken")) if isinstance(rules, str) else "python"
+    tokeniser = Tokeniser(rules, end, sentences, chosen, choose_dtype(vocab_size))
+    output = pick("format", format, FORMATS)(Path(out), vocab_size, sentences)
     units = make_units(paths, text_form(documents, paths), unit_bytes)
     return Job(units, output, Path(f"{out}.work"), tokeniser, unknown=tokenizer.unk_token_id if tokenizer.unk_token_id != end else None, **settings)
 

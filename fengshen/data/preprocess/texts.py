@@ -92,12 +92,15 @@ def line_text(line, fields) -> str:
 
 
 def record_texts(piece, fields):
-    "(number, text or `BadLine`, line) of each record of a piece; JSON, which nearly all lines are, is tried first."
+    "(number, text or `BadLine`, line) of each record of a piece; what nearly all lines are, JSON and nothing else, is tried first."
+    parse = json.JSONDecoder().raw_decode
     for number, line in lines_of(piece):
         if line.isspace():
             continue
         try:
-            text = text_of(json.loads(line.decode()), fields)
+            content = line.decode()
+            record, end = parse(content)
+            text = text_of(record, fields) if not content[end:].strip() else attempt(line_text, line, fields)
         except (ValueError, RecursionError):
             text = attempt(line_text, line, fields)
         yield number, text, line

@@ -17,6 +17,7 @@ from itertools import chain
 
 import numpy as np
 
+from ..mmap_dataloader.mmap_format import fitted
 from .sentences import split_sentences
 from ..task_dataloader.encode import made_of
 from ...utils.core import choice, explain, need, pick
@@ -99,7 +100,7 @@ def end_of_document(
 
 # %% ../../../nbs/api/data/preprocess/tokenise.ipynb #5d7d3d8b
 Tokens = namedtuple("Tokens", "ids lengths counts")
-Tokens.__doc__ = "ids uint32 [tokens]; lengths int64 [sequences]: tokens of each; counts int64 [documents]: sequences of each."
+Tokens.__doc__ = "ids [tokens]; lengths int64 [sequences]: tokens of each; counts int64 [documents]: sequences of each."
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ class Tokeniser:
     end: int | None = None  # Id that closes each document; None: nothing does
     sentences: bool = False  # Whether a sentence is a sequence
     engine: str = "tokenizers"  # One of `ENGINES`
+    dtype: str = "<u4"  # Of the ids; the smallest that holds them is quickest
 
     def __call__(self, texts) -> Tokens:
         "The tokens of a list of texts."
@@ -117,7 +119,7 @@ class Tokeniser:
         ids, lengths = engine_of(self.engine, self.rules)(texts if parts is None else list(chain.from_iterable(parts)))
         owners = np.arange(len(texts)) if parts is None else np.repeat(np.arange(len(texts)), [len(part) for part in parts])
         counts = np.bincount(owners[lengths > 0], minlength=len(texts))
-        return closed(Tokens(ids, lengths[lengths > 0], counts[counts > 0]), self.end)
+        return closed(Tokens(fitted(ids, self.dtype), lengths[lengths > 0], counts[counts > 0]), self.end)
 
 
 def closed(
