@@ -16,8 +16,9 @@ corpora (1 GB, and files of holes that pretend to be 2 TB). Parts:
 The corpus is 50 million 16-bit tokens in documents of log-normal length, 400 on average, seed 0. Every reader runs in a process of its
 own and is first compared, by sha256, with a naive reader of the same indices. In each of the rounds the readers take turns; inside a
 process the limit is measured before and after every measurement, on addresses that were not read just before, and the ratio taken there.
-A line is the median of the rounds. Speeds of reading are for results in buffers used again, as they are documented, and for the limit
-too. The last lines, `target`, are ratios from this run beside what they are meant to be.
+A line is the median of the rounds, with the machine's load beside it; it replaces the line of an earlier run. Speeds of reading are for
+results in buffers used again, as they are documented, and for the limit too. The last lines, `target`, are ratios of these numbers beside
+what they are meant to be.
 """
 
 import argparse
@@ -42,6 +43,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 import data_scale  # noqa: E402
 from data_peers import BATCH, OURS, PEERS, SEED, SEQ, VOCAB  # noqa: E402
+from data_record import Record  # noqa: E402
 
 TOKENS = 50_000_000
 C = r"""
@@ -346,27 +348,40 @@ def processor():
     return used.user + used.system + used.children_user + used.children_system
 
 
+def preprocessed(path, work, ids):
+    """(seconds, CPU seconds, tokens without the ends of documents) of FengShen's preprocessing."""
+    from fengshen.data.preprocess import preprocess
+
+    shutil.rmtree(work / f"tokens-{ids}", ignore_errors=True)
+    start, cpu = time.perf_counter(), processor()
+    counts = preprocess(path, work / f"tokens-{ids}", work / "tokenizer", ids=ids)["counts"]
+    return time.perf_counter() - start, processor() - cpu, counts["tokens"] - counts["kept"]
+
+
 def tokens(work, name):
-    """Text to a dataset on all cores, or as far as the numbers of its tokens: megabytes of text a second, and a CPU second."""
+    """Text to a dataset on all cores, or as far as the numbers of its tokens: megabytes of text a second, and a CPU second.
+
+    The start, loading a tokenizer above all, is measured on twenty documents and taken off: a corpus is larger than this one.
+    """
     os.environ.pop("OMP_NUM_THREADS")
     who, ids = name.split()
     path = work / f"{ids}.jsonl"
     found = documents_in(path)
     megabytes = sum(len(text.encode()) for text in found) / 1e6
     if who == "fengshen":
-        from fengshen.data.preprocess import preprocess
-
-        shutil.rmtree(work / f"tokens-{ids}", ignore_errors=True)
-        start, cpu = time.perf_counter(), processor()
-        counts = preprocess(path, work / f"tokens-{ids}", work / "tokenizer", ids=ids)["counts"]
-        count = counts["tokens"] - counts["kept"]  # each document has an end
+        few = work / "few.jsonl"
+        few.write_text("".join(json.dumps(dict(text=text)) + "\n" for text in found[:20]))
+        preprocessed(few, work, ids)
+        (start, start_cpu, _), (wall, cpu, count) = preprocessed(few, work, ids), preprocessed(path, work, ids)
+        wall, cpu = wall - start, cpu - start_cpu
     else:
         encode = dict(tokenizers=by_tokenizers, gigatoken=by_gigatoken)[ids](work / "tokenizer/tokenizer.json")
         encode(found[:100])
-        start, cpu = time.perf_counter(), processor()
+        start, start_cpu = time.perf_counter(), processor()
         count = encode(found)
-    seconds, cpu = time.perf_counter() - start, processor() - cpu
-    return {f"tokenise, {ids}": dict(megabytes_per_second=megabytes / seconds, megabytes_per_cpu_second=megabytes / cpu, tokens=count)}
+        wall, cpu, start = time.perf_counter() - start, processor() - start_cpu, 0
+    rates = dict(megabytes_per_second=megabytes / wall, megabytes_per_cpu_second=megabytes / cpu)
+    return {f"tokenise, {ids}": rates | dict(start_seconds=start, tokens=count)}
 
 
 PARTS = {f.__name__: f for f in (read, write, index, packing, tokens, *data_scale.PARTS)}
@@ -382,46 +397,6 @@ SECTIONS = dict(  # {section: {part: the processes that take turns}}
 )
 
 
-def times(records, cell, ours, peers, key="of_limit"):
-    """How many times the best of the peers."""
-    known = [records[cell, peer][key] for peer in peers if (cell, peer) in records]
-    return records[cell, ours][key] / max(known) if known else None
-
-
-def targets(r):
-    """(what, wanted, what was measured): larger is better where the wanted number is positive, smaller where it is negative."""
-    small, large = (r["scale", f"holes-{n}"] for n in (1, 2000))
-    yield "a batch in stored order, of the C loop", 0.85, r["batch", "mmap"]["of_limit"]
-    yield "a batch in Megatron's order, of the C loop", 0.35, r["batch", "megatron"]["of_limit"]
-    for peer, wanted in (("datasets", 12), ("litdata", 12), ("nanoGPT", 8)):
-        yield f"a batch in stored order, times {peer}", wanted, times(r, "batch", "mmap", [peer])
-    yield "a batch in Megatron's order, times megatron-core", 15, times(r, "batch", "megatron", ["megatron-core"])
-    yield "32 documents, of the C loop", 0.28, r["documents", "mmap"]["of_limit"]
-    for cell, wanted in (("documents", 8), ("document", 2), ("window", 1.2)):
-        yield f"{cell}, times the best peer", wanted, times(r, cell, "mmap", PEERS)
-    yield "opening one shard, ms", -1, r["open", "mmap"]["milliseconds"]
-    yield "opening 1,000 shards, ms", -10, large["open_ms"]
-    yield "writing from arrays, times nanoGPT", 2, times(r, "write", "mmap_arrays", ["nanoGPT"], "tokens_per_second")
-    yield "writing Megatron's format, times megatron-core", 4, times(r, "write", "megatron_arrays", ["megatron-core"], "tokens_per_second")
-    yield "sample index, times megatron-core's C++", 1, times(r, "sample index", "megatron", ["megatron-core"], "per_second")
-    yield "packing a million, times TRL", 50, times(r, "packing 1,000,000", "mmap", ["trl"], "documents_per_second")
-    one, ten = (r[f"packing {documents}", "mmap"] for documents in ("1,000,000", "10,000,000"))
-    yield "packing, fill", 0.999, one["fill"]
-    yield "packing ten million, times the time of one", -11, ten["cpu_seconds"] / one["cpu_seconds"]
-    for ids, wanted in (("tokenizers", 0.9), ("gigatoken", 0.55)):
-        yield f"tokenise and write, of {ids} alone", wanted, share(r, ids)
-    yield "2 TB: open, ms", -1000, large["open_ms"]
-    yield "2 TB: anonymous memory, MB", -300, large["anonymous_mb"]
-    yield "2 TB: second pass of 20,000 windows, of 1 GB", 0.9, large["second_pass_tokens_per_second"] / small["second_pass_tokens_per_second"]
-    yield "2 TB: the same in the training loader", 0.9, large["loader_tokens_per_second"] / small["loader_tokens_per_second"]
-    yield "2 TB: first batch, ms", -1000, large["first_batch_ms"]
-    yield "2 TB: seeking a saved position, ms", -10, large["seek_ms"]
-    for (cell, who), found in r.items():
-        if cell.startswith("step"):
-            yield f"waiting at {who}", -0.005, found["waiting"]
-    yield "memory gained over an epoch, MB", -5, r["epoch", "holes-1"]["last_mb"] - r["epoch", "holes-1"]["first_mb"]
-
-
 def versions(python):
     """{package: version} of the requirements, where the peers are installed."""
     if not python:
@@ -429,11 +404,6 @@ def versions(python):
     names = [line.split("==")[0] for line in (HERE / "data_requirements.txt").read_text().splitlines() if line and line[0] != "#"]
     code = f"import importlib.metadata as m, json; print(json.dumps({{n: m.version(n) for n in {names}}}))"
     return json.loads(subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout)
-
-
-def share(r, ids):
-    """What tokenising keeps of the library's speed."""
-    return times(r, f"tokenise, {ids}", f"fengshen {ids}", [f"library {ids}"], "megabytes_per_cpu_second")
 
 
 def child(python, part, work, name):
@@ -472,7 +442,7 @@ def contest(part, names, options, record):
             found[name].append(child(python, part, options.work, name))
     for name, rounds in found.items():
         for cell, numbers in sorted(medians(rounds).items()):
-            record(cell=cell, who=name, **numbers)
+            record(cell, name, **numbers, load=round(os.getloadavg()[1], 1))
 
 
 def main():
@@ -492,17 +462,8 @@ def main():
         print("\nRESULT " + json.dumps(PARTS[part](options.work, name)), flush=True)
         os._exit(0)  # some libraries wait for their threads
     corpus(options.work)
-    records = {}
-
-    def record(**numbers):
-        if "who" in numbers:
-            records[numbers["cell"], numbers["who"]] = numbers
-        line = json.dumps(numbers, ensure_ascii=False)
-        print(line, flush=True)
-        with options.out.open("a", encoding="utf8") as f:
-            f.write(line + "\n")
-
-    record(machine=f"{os.cpu_count()} cores", load=os.getloadavg()[0], python=sys.version.split()[0], peers=versions(options.peers))
+    record = Record(options.out)
+    record("machine", "machine", cores=os.cpu_count(), python=sys.version.split()[0], **versions(options.peers))
     if "tokens" in options.only:
         texts(options.work, options.shared)
     if {"scale", "step"} & set(options.only):
@@ -510,11 +471,6 @@ def main():
     for section in options.only:
         for part, names in SECTIONS[section].items():
             contest(part, names, options, record)
-    if set(options.only) == set(SECTIONS):
-        for what, wanted, found in targets(records):
-            if found is not None:
-                met = bool(found >= wanted if wanted > 0 else found <= -wanted)
-                record(target=what, wanted=f"{'at least' if wanted > 0 else 'at most'} {abs(wanted)}", found=float(f"{found:.4g}"), met=met)
 
 
 if __name__ == "__main__":
