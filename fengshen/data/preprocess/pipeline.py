@@ -114,7 +114,7 @@ class Bar:
         self.bar.set_postfix_str(f"{text}B/s" + (f", {tokens} tokens/s" if self.done[1] else ""), refresh=False)
         self.bar.update(bytes_)
 
-
+# %% ../../../nbs/api/data/preprocess/pipeline.ipynb #65fdfbef
 def run_units(
     function,  # `hash_unit` or `build_unit`
     job,  # A `Job`
@@ -142,7 +142,7 @@ def mark_duplicates(job, **how):
     find_duplicates(files, marks)
     (job.work / "marked").touch()
 
-
+# %% ../../../nbs/api/data/preprocess/pipeline.ipynb #2bc33818
 def run_job(
     job,  # A `Job`
     plan,  # Its plan
@@ -174,7 +174,7 @@ def gather_skipped(job):
             for path in skipped:
                 out.write(path.read_bytes())
 
-# %% ../../../nbs/api/data/preprocess/pipeline.ipynb #51407036
+# %% ../../../nbs/api/data/preprocess/pipeline.ipynb #19ffe74f
 def make_job(
     paths,  # Files
     out,  # Folder, or path without ending
@@ -197,7 +197,7 @@ def make_job(
     units = make_units(paths, text_form(documents, paths), unit_bytes)
     return Job(units, output, Path(f"{out}.work"), tokeniser, unknown=tokenizer.unk_token_id if tokenizer.unk_token_id != end else None, **settings)
 
-
+# %% ../../../nbs/api/data/preprocess/pipeline.ipynb #d12f0713
 def preprocess(
     data,  # Files, folders or patterns with raw text: JSON lines, text, Parquet, Arrow, CSV, compressed or not
     out,  # Where the dataset goes: a folder, or for Megatron's format the path of its files without the ending
@@ -228,7 +228,7 @@ def preprocess(
     say(report)
     return report
 
-
+# %% ../../../nbs/api/data/preprocess/pipeline.ipynb #bf82d2a6
 def begin(job, plan):
     "Write the plan down, or go on with that of an interrupted call; a plan of which nothing was done yet does not count."
     path, parts = job.work / "plan.json", job.output.finished(len(job.units))
