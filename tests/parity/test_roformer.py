@@ -51,3 +51,21 @@ def test_every_run_with_the_original_mask(shared, tmp_path, case, attention, mon
             got = one(**given, **about["runs"][run]["non_tensor_kwargs"])
             for name, value in wanted.items():
                 torch.testing.assert_close(got[name], value, **TOLERANCE, msg=lambda m, run=run, name=name: f"{run}/{name}: {m}")
+
+
+HEADS = dict(causal_lm="ForCausalLM", masked_lm="ForMaskedLM", model="Model", multiple_choice="ForMultipleChoice", nsp="ForNextSentencePrediction",
+             pretraining="ForPreTraining", qa="ForQuestionAnswering", seq_cls="ForSequenceClassification", token_cls="ForTokenClassification")
+
+
+@pytest.mark.parametrize("case", HEADS)
+def test_every_head_has_the_original_names_and_shapes(shared, case):
+    wanted = {name: tuple(shape) for name, shape in json.loads((shared / "parity" / "keys" / f"roformer.{case}.json").read_text())}
+    base = "" if case == "model" else "bert."
+    vocabulary, width = wanted[f"{base}embeddings.word_embeddings.weight"]
+    angles, = wanted[f"{base}encoder.layer.0.attention.self.rope_emb.div_term"]
+    labels = wanted.get("classifier.bias", (2,))[0]
+    sizes = dict(vocab_size=vocabulary, hidden_size=width, num_attention_heads=width // angles // 2, num_hidden_layers=2, num_labels=labels,
+                 intermediate_size=wanted[f"{base}encoder.layer.0.intermediate.dense.bias"][0])
+    model = getattr(family, f"RoFormer{HEADS[case]}")(family.RoFormerConfig(**sizes))
+    computed = {name for name in wanted if name.endswith(("rope_emb.div_term", "embeddings.position_ids"))}
+    assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == {name: wanted[name] for name in wanted if name not in computed}

@@ -21,7 +21,7 @@ from transformers.utils import can_return_tuple
 
 from .configuration_roformer import RoFormerConfig, check_config
 from fengshen.models.transformer_utils import (
-    CheckedModel, attend, boundaries, check_ids, check_length, documents, is_packed, knows_boundaries, make_mask, padding, prefix, rotary_table, rotate_pairs,
+    CheckedModel, attend, boundaries, check_ids, check_length, documents, is_packed, knows_boundaries, make_mask, padding, prefix, rotary_table, rotate,
     with_weights)
 from ...utils.core import explain, patch
 
@@ -50,7 +50,7 @@ class RoFormerSelfAttention(nn.Module):
 
     def forward(self, hidden_bld, mask, table, attention, past_key_values=None, **kwargs):
         q, k, v = (part(hidden_bld).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.query, self.key, self.value))
-        q, k = rotate_pairs(q, table), rotate_pairs(k, table)
+        q, k = rotate(q, table), rotate(k, table)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         return attend(self, q, k, v, mask, attention, dropout=self.dropout, **kwargs)
@@ -298,7 +298,7 @@ def forward(
     words_bld, types_bl, positions_bl = self.inputs(input_ids, inputs_embeds, token_type_ids, position_ids, past)
     hidden_bld = self.embeddings(words_bld, types_bl)
     mask, is_causal = self.mask(attention, hidden_bld, types_bl, token_type_ids, attention_mask, position_ids, cu_seq_lens_q, past)
-    table = rotary_table(positions_bl, config.hidden_size // config.num_attention_heads)
+    table = rotary_table(positions_bl, config.hidden_size // config.num_attention_heads, dtype=hidden_bld.dtype)
     if cu_seq_lens_q is not None:
         kwargs.update(cu_seq_lens_q=cu_seq_lens_q)
     hidden_bld, states, weights = self.encoder(hidden_bld, mask, table, attention, is_causal=is_causal, past_key_values=past_key_values, **kwargs)
