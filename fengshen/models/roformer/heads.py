@@ -123,6 +123,7 @@ class RoFormerForCausalLM(RoFormerLMHead, GenerationMixin):
         token_type_ids=None,  # 0 is read, 1 is written; None: the configuration's default_token_type
         position_ids=None,  # Positions; see RoFormerModel
         labels=None,  # The ids themselves [b, l], -100 where a token does not count; shifted here
+        inputs_embeds=None,  # [b, l, d] instead of ids
         past_key_values=None,  # Cache of earlier tokens
         use_cache=None,  # Whether to return a cache; never with labels
         logits_to_keep=0,  # Score only so many positions at the end; 0 scores all
@@ -131,16 +132,16 @@ class RoFormerForCausalLM(RoFormerLMHead, GenerationMixin):
         "loss, logits [b, l, v], and the cache."
         if labels is not None and token_type_ids is None and not self.config.default_token_type and not self.config.legacy_mask:
             tell_once("RoFormerForCausalLM sees the tokens it is to guess: no token types were given, and the configuration's default_token_type is 0; set it to 1")
-        out = self.bert(input_ids, attention_mask, token_type_ids, position_ids, past_key_values=past_key_values,
+        out = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, past_key_values=past_key_values,
                         use_cache=False if labels is not None else use_cache, return_dict=True, **kwargs)
         logits_blv = self.cls(out.last_hidden_state[:, -logits_to_keep:])
         loss = None if labels is None else F.cross_entropy(logits_blv[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         return CausalLMOutputWithCrossAttentions(loss=loss, logits=logits_blv, past_key_values=out.past_key_values,
                                                  hidden_states=out.hidden_states, attentions=out.attentions)
 
-    def prepare_inputs_for_generation(self, input_ids, *args, token_type_ids=None, **kwargs):
+    def prepare_inputs_for_generation(self, input_ids, *args, inputs_embeds=None, token_type_ids=None, **kwargs):
         "Generation writes: token types are 1, save for a prompt that was given others."
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
         given = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
         types_bl = torch.ones(given.shape[:2], dtype=torch.long, device=given.device)
         if token_type_ids is not None:

@@ -181,14 +181,15 @@ def eager_attention(
     query_bhqk,  # Queries
     key_bhsk,  # Keys
     value_bhsk,  # Values
-    mask,  # Numbers to add to the scores, or None
+    mask,  # Numbers to add to the scores, booleans that say what is seen, or None
     dropout=0.0,  # Share of the weights that is dropped
     scaling=None,  # Factor on the scores; None is 1/sqrt(width)
     **kwargs,  # What other forms of attention need
 ):
     "Softmax of scaled products, times values: ([b, q, h, k], weights [b, h, q, s])."
     scores_bhqs = query_bhqk @ key_bhsk.mT * (query_bhqk.shape[-1] ** -0.5 if scaling is None else scaling)
-    scores_bhqs = scores_bhqs if mask is None else scores_bhqs + mask
+    if mask is not None:
+        scores_bhqs = scores_bhqs + (added(mask, scores_bhqs.dtype) if mask.dtype == torch.bool else mask)
     weights_bhqs = F.dropout(scores_bhqs.float().softmax(-1).to(value_bhsk.dtype), dropout)
     return (weights_bhqs @ value_bhsk).transpose(1, 2), weights_bhqs
 
