@@ -4,9 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fengshen.models.transformer_utils.masks import all_of, any_of, attend, boundaries, causal, dense, documents, global_tokens, is_packed, make_mask, padding
-from fengshen.models.transformer_utils.masks import prefix as prefix_of
-from fengshen.models.transformer_utils.masks import window as window_of
+from fengshen.models.transformer_utils import masks
 from fengshen.models.transformer_utils.rotary import rotary_table, rotate
 
 small = settings(max_examples=60, deadline=None)
@@ -16,7 +14,7 @@ small = settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=7), st.integers(0, 4), st.data())
 def test_prefix_behind_a_cache(types, past, data):
     real = data.draw(st.lists(st.integers(0, 1), min_size=past + len(types), max_size=past + len(types)))
-    got = dense(all_of(prefix_of(torch.tensor([types]), past), padding(torch.tensor([real]))), 1, len(types), past + len(types), "cpu", past)[0, 0]
+    got = masks.dense(masks.all_of(masks.prefix(torch.tensor([types]), past), masks.padding(torch.tensor([real]))), 1, len(types), past + len(types), "cpu", past)[0, 0]
     for i in range(len(types)):
         for s in range(past + len(types)):
             level = 0 if s < past else sum(types[: s - past + 1])
@@ -30,16 +28,16 @@ def test_documents_by_positions_and_by_boundaries(lengths, spare):
     ends = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist(), *[sum(lengths)] * spare], dtype=torch.int32)
     number = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     same = number[:, None] == number
-    for question in (documents(positions), boundaries(ends, sum(lengths))):
-        assert torch.equal(dense(question, 1, sum(lengths), sum(lengths), "cpu")[0, 0], same)
-    assert is_packed(positions) == (len(lengths) > 1)
+    for question in (masks.documents(positions), masks.boundaries(ends, sum(lengths))):
+        assert torch.equal(masks.dense(question, 1, sum(lengths), sum(lengths), "cpu")[0, 0], same)
+    assert masks.is_packed(positions) == (len(lengths) > 1)
 
 
 @small
 @given(st.integers(1, 9), st.integers(0, 9), st.data())
 def test_window_and_global_tokens(length, reach, data):
     far = torch.tensor([data.draw(st.lists(st.booleans(), min_size=length, max_size=length))])
-    got = dense(any_of(window_of(reach), global_tokens(far)), 1, length, length, "cpu")[0, 0]
+    got = masks.dense(masks.any_of(masks.window(reach), masks.global_tokens(far)), 1, length, length, "cpu")[0, 0]
     place = torch.arange(length)
     assert torch.equal(got, ((place[:, None] - place).abs() <= reach) | far[0][:, None] | far[0])
 
@@ -53,13 +51,13 @@ def test_every_form_gives_the_same_attention(queries, past, is_causal, some_padd
     real = torch.ones(2, keys).long()
     if some_padding:
         real[1, : keys // 2] = 0
-    questions, layer = [padding(real)] if some_padding else [], torch.nn.Module().eval()
-    seen = dense(all_of(padding(real), *[causal] * is_causal), 2, queries, keys, "cpu", past)
+    questions, layer = [masks.padding(real)] if some_padding else [], torch.nn.Module().eval()
+    seen = masks.dense(masks.all_of(masks.padding(real), *[masks.causal] * is_causal), 2, queries, keys, "cpu", past)
     scores = (q @ k.mT / 2).masked_fill(~seen, -torch.inf)
     want = (scores.softmax(-1).nan_to_num() @ v).transpose(1, 2).flatten(2)
     for name in ("sdpa", "eager"):
-        mask, built_in = make_mask(name, questions, torch.zeros(2, queries, 8), keys, is_causal, past)
-        got = attend(layer, q, k, v, mask, name, built_in)[0]
+        mask, built_in = masks.make_mask(name, questions, torch.zeros(2, queries, 8), keys, is_causal, past)
+        got = masks.attend(layer, q, k, v, mask, name, built_in)[0]
         full = seen.any(-1)[:, 0]
         torch.testing.assert_close(got[full], want[full], rtol=1e-5, atol=1e-6)
 
