@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LongformerEmbeddings', 'LongformerSelfAttention', 'LongformerAttention', 'LongformerLayer', 'LongformerEncoder',
-           'sparse_form', 'sparse_masks', 'real_tokens', 'apart', 'LongformerPreTrainedModel', 'LongformerModel']
+           'sparse_form', 'sparse_masks', 'real_tokens', 'yes_or_no', 'apart', 'LongformerPreTrainedModel',
+           'LongformerModel']
 
 # %% ../../../nbs/api/models/longformer/modeling_longformer.ipynb #184f15ec
 import torch
@@ -135,15 +136,23 @@ def sparse_masks(
 
 # %% ../../../nbs/api/models/longformer/modeling_longformer.ipynb #f89b4df5
 def real_tokens(
-    attention_mask,  # 1 (or above) for tokens, 0 for padding, [b, l]; or None
+    attention_mask,  # 1 for tokens, 0 for padding, [b, l]; or None
     hidden_bld,  # Embedded tokens
 ):
     "True at tokens [b, l], or None where nothing is padding."
-    if attention_mask is None:
-        return None
-    if attention_mask.shape != hidden_bld.shape[:2]:
-        raise ValueError(explain("attention_mask does not cover the tokens", tuple(attention_mask.shape), list(hidden_bld.shape[:2])))
-    return None if not torch.compiler.is_compiling() and bool((attention_mask > 0).all()) else attention_mask > 0
+    real_bl = yes_or_no("attention_mask", attention_mask, hidden_bld)
+    return real_bl if real_bl is None or torch.compiler.is_compiling() or not bool(real_bl.all()) else None
+
+
+def yes_or_no(
+    name,  # Name of the mask, for the message
+    mask_bl,  # Numbers [b, l], or None
+    hidden_bld,  # Embedded tokens
+):
+    "The mask as booleans; one that does not cover the text is refused."
+    if mask_bl is not None and mask_bl.shape != hidden_bld.shape[:2]:
+        raise ValueError(explain(f"{name} does not cover the tokens", list(mask_bl.shape), list(hidden_bld.shape[:2])))
+    return None if mask_bl is None else mask_bl > 0
 
 # %% ../../../nbs/api/models/longformer/modeling_longformer.ipynb #61081c83
 def apart(
@@ -243,7 +252,7 @@ def masks(
         own = cu_seq_lens_q is not None and knows_boundaries(attention)
         questions = [] if own else apart(hidden_bld, real_bl, position_ids, cu_seq_lens_q)
         return dict.fromkeys(every_reach, (attention, make_mask(attention, questions, hidden_bld)[0]))
-    global_bl = None if global_attention_mask is None else global_attention_mask > 0
+    global_bl = yes_or_no("global_attention_mask", global_attention_mask, hidden_bld)
     if global_bl is not None and real_bl is not None:
         global_bl = global_bl & real_bl
     form = sparse_form(attention, hidden_bld.device, self.training and config.attention_probs_dropout_prob > 0)
