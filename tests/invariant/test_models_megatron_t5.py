@@ -1,5 +1,10 @@
 """What must hold for every MegatronT5 model whatever its weights: they are all random here, so that an equality is one."""
+import os
+import socket
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -219,7 +224,7 @@ def test_a_new_model_can_be_trained(cls):
 
     def gradients():
         model.zero_grad()
-        states(model, **inputs, **({} if cls is T5EncoderModel else dict(use_cache=False))).float().pow(2).sum().backward()
+        states(model, **inputs).float().pow(2).sum().backward()
         return {n: p.grad.clone() for n, p in model.named_parameters()}
 
     plain = gradients()
@@ -246,18 +251,60 @@ def test_float16_does_not_overflow():
     assert states(model.half(), **inputs).isfinite().all()
 
 
-@pytest.mark.parametrize("decoder", [False, True])
-def test_blocks_compile_whole(decoder):
+def test_blocks_compile_whole():
     "torch.compile finds no break in a block, forward and backward."
     torch._dynamo.reset()
-    model = make(T5ForConditionalGeneration)
-    block = (model.decoder if decoder else model.encoder).block[0]
-    hidden = torch.randn(2, 5, 16, requires_grad=True)
-    extra = dict(source_bsd=torch.randn(2, 4, 16)) if decoder else {}
-    expected = block(hidden, attention="sdpa", **extra)
-    got = torch.compile(block, fullgraph=True, backend="aot_eager")(hidden, attention="sdpa", **extra)
-    torch.testing.assert_close(got, expected, **CLOSE)
+    block, text, source = make(T5Model).decoder.block[0], torch.randn(2, 5, 16), torch.randn(2, 4, 16)
+    got = torch.compile(block, fullgraph=True, backend="aot_eager")(text, source_bsd=source, attention="sdpa")
+    torch.testing.assert_close(got, block(text, source_bsd=source, attention="sdpa"), **CLOSE)
     got.sum().backward()
+
+
+@pytest.mark.slow
+def test_it_compiles_whole():
+    "The same for the whole model."
+    torch._dynamo.reset()
+    model, inputs = make(T5ForConditionalGeneration), batch(T5ForConditionalGeneration)
+    inputs |= dict(attention_mask=torch.ones(3, 9, dtype=torch.long), use_cache=False)
+    got = states(torch.compile(model, fullgraph=True, backend="aot_eager"), **inputs)
+    torch.testing.assert_close(got, states(model, **inputs), **CLOSE)
+    got.sum().backward()
+
+
+ZERO3 = """
+import sys, torch, deepspeed
+from deepspeed.utils import safe_get_full_grad
+from fengshen.models.loading import zero3_context
+from fengshen.models.megatron_t5 import T5ForConditionalGeneration
+ids, labels = torch.load(sys.argv[2])
+plain = T5ForConditionalGeneration.from_pretrained(sys.argv[1])
+plain(ids, labels=labels).loss.backward()
+deepspeed.init_distributed("gloo")
+settings = dict(train_micro_batch_size_per_gpu=3, zero_optimization=dict(stage=3, stage3_param_persistence_threshold=0), zero_force_ds_cpu_optimizer=False,
+                optimizer=dict(type="AdamW", params=dict(lr=1e-3, torch_adam=True)))
+context = zero3_context(settings)
+sharded = T5ForConditionalGeneration.from_pretrained(sys.argv[1])
+assert sharded.shared.word_embeddings.weight.numel() == 0
+engine, *_ = deepspeed.initialize(model=sharded, config=settings)
+engine.backward(engine(ids, labels=labels).loss)
+gradients = {n: p.grad for n, p in plain.named_parameters()}
+for name, p in engine.module.named_parameters():
+    torch.testing.assert_close(safe_get_full_grad(p), gradients[name], atol=1e-6, rtol=1e-4)
+"""
+
+
+@pytest.mark.slow
+def test_sharded_while_loading(tmp_path):
+    "Under ZeRO-3 the weights are sharded as they are loaded, and give the gradients of one device; the head finds the table it shares."
+    make(T5ForConditionalGeneration, dropout_rate=0.0).save_pretrained(tmp_path / "model")
+    inputs = batch(T5ForConditionalGeneration)
+    torch.save((inputs["input_ids"], inputs["decoder_input_ids"]), tmp_path / "batch.pt")
+    port = socket.create_server(("127.0.0.1", 0))
+    place = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port.getsockname()[1]))
+    port.close()
+    environment = os.environ | place | dict(PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    done = subprocess.run([sys.executable, "-c", ZERO3, tmp_path / "model", tmp_path / "batch.pt"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_lora_finds_every_layer():

@@ -20,6 +20,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from ..loading import gathered
 from .configuration_megatron_t5 import T5Config
 from ..transformer_utils import CheckedModel, attend, check_ids, check_length, documents, make_mask, padding, with_weights
 from ...utils.core import explain, patch
@@ -388,9 +389,11 @@ def check_packing(
 ):
     "Refuse packed rows in which a text would see another's source."
     if position_ids is not None and decoder_position_ids is None:
-        raise ValueError(explain("positions of the source without those of the target", "decoder_position_ids=None", "both", "a target has to know its source"))
+        raise ValueError(explain("positions of the source without those of the target", "decoder_position_ids=None", "both",
+                                 "a target has to know its source"))
     if kwargs.get("cu_seq_lens_q") is not None:
-        raise ValueError(explain("document boundaries for one side of two", "cu_seq_lens_q", "position_ids and decoder_position_ids that start again at 0"))
+        raise ValueError(explain("document boundaries for one side of two", "cu_seq_lens_q",
+                                 "position_ids and decoder_position_ids that start again at 0"))
 
 
 def run(
@@ -442,8 +445,8 @@ def forward(
     check_packing(position_ids, decoder_position_ids, kwargs)
     encoded, decoded = run(
         self, dict(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, position_ids=position_ids),
-        dict(input_ids=decoder_input_ids, attention_mask=decoder_attention_mask, inputs_embeds=decoder_inputs_embeds, position_ids=decoder_position_ids,
-             past_key_values=past_key_values, use_cache=use_cache), encoder_outputs, **kwargs)
+        dict(input_ids=decoder_input_ids, attention_mask=decoder_attention_mask, inputs_embeds=decoder_inputs_embeds,
+             position_ids=decoder_position_ids, past_key_values=past_key_values, use_cache=use_cache), encoder_outputs, **kwargs)
     return Seq2SeqModelOutput(last_hidden_state=decoded.last_hidden_state, **both_outputs(encoded, decoded))
 
 # %% ../../../nbs/api/models/megatron_t5/modeling_megatron_t5.ipynb #969bc450
@@ -471,15 +474,16 @@ class T5ForConditionalGeneration(T5PreTrainedModel, GenerationMixin):
         "Labels [b, l] shifted right: the first token is `decoder_start_token_id`, -100 becomes padding."
         start, pad = self.config.decoder_start_token_id, self.config.pad_token_id
         if start is None or pad is None:
-            raise ValueError(explain("the config does not say what a target begins with", f"decoder_start_token_id={start}, pad_token_id={pad}", "two token ids",
-                                     "set config.decoder_start_token_id to [BOS]'s"))
+            raise ValueError(explain("the config does not say what a target begins with",
+                                     f"decoder_start_token_id={start}, pad_token_id={pad}", "two token ids", "set config.decoder_start_token_id to [BOS]'s"))
         shifted = labels.roll(1, dims=-1)
         shifted[..., 0] = start
         return shifted.masked_fill(shifted == -100, pad)
 
     def _resize_token_embeddings(self, new_num_tokens, *args, **kwargs):
         table, bias = super()._resize_token_embeddings(new_num_tokens, *args, **kwargs), self.lm_head_bias
-        self.lm_head_bias = nn.Parameter(F.pad(bias.data, (0, table.num_embeddings - len(bias))), bias.requires_grad)
+        with gathered([bias]):
+            self.lm_head_bias = nn.Parameter(F.pad(bias.data, (0, table.num_embeddings - len(bias))), bias.requires_grad)
         return table
 
 # %% ../../../nbs/api/models/megatron_t5/modeling_megatron_t5.ipynb #679eff4c
@@ -498,17 +502,18 @@ def forward(
     labels=None,  # The right tokens [b, l]; -100 is not scored
     position_ids=None,  # Positions of the source [b, s]; 0 starts a document
     decoder_position_ids=None,  # Positions of the target [b, l]
-    use_cache=None,  # Whether to give a cache
+    use_cache=None,  # Whether to give a cache; None: as the config says, and not with labels
     **kwargs,  # output_hidden_states, output_attentions, return_dict
 ) -> Seq2SeqLMOutput:
     "`logits` [b, l, v], and with labels `loss`, the mean cross entropy of the scored tokens."
     check_packing(position_ids, decoder_position_ids, kwargs)
+    use_cache = False if labels is not None and use_cache is None else use_cache
     if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
         decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
     encoded, decoded = run(
         self, dict(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, position_ids=position_ids),
-        dict(input_ids=decoder_input_ids, attention_mask=decoder_attention_mask, inputs_embeds=decoder_inputs_embeds, position_ids=decoder_position_ids,
-             past_key_values=past_key_values, use_cache=use_cache), encoder_outputs, **kwargs)
+        dict(input_ids=decoder_input_ids, attention_mask=decoder_attention_mask, inputs_embeds=decoder_inputs_embeds,
+             position_ids=decoder_position_ids, past_key_values=past_key_values, use_cache=use_cache), encoder_outputs, **kwargs)
     logits_blv = F.linear(decoded.last_hidden_state, self.shared.word_embeddings.weight, self.lm_head_bias)
     loss = None if labels is None else F.cross_entropy(logits_blv.flatten(0, 1).float(), labels.flatten())
     return Seq2SeqLMOutput(loss=loss, logits=logits_blv, **both_outputs(encoded, decoded))
