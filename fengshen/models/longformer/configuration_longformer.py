@@ -11,12 +11,12 @@ from ...utils.core import explain
 
 # %% ../../../nbs/api/models/longformer/configuration_longformer.ipynb #2e3157e7
 class LongformerConfig(PublishedConfig):
-    "Sizes and switches of a Longformer with rotary positions; published folders carry their own."
+    "Sizes and switches of a Longformer with rotary positions; the defaults are the original's, published folders carry their own."
 
     model_type = "fengshen-longformer"
     published_as = ("longformer",)
 
-    vocab_size: int = 12000  # Rows of the embedding
+    vocab_size: int = 30522  # Rows of the embedding; 12000 in the published folders
     hidden_size: int = 768  # Width of the model
     num_hidden_layers: int = 12  # Blocks
     num_attention_heads: int = 12  # Heads; hidden_size / heads is even
@@ -24,13 +24,13 @@ class LongformerConfig(PublishedConfig):
     hidden_act: str = "gelu"  # Activation there; "gelu" is the exact one
     hidden_dropout_prob: float | int = 0.1  # Dropout of embeddings and of what blocks add
     attention_probs_dropout_prob: float | int = 0.1  # Dropout of attention weights; FlexAttention has none, so in training it needs 0
-    max_position_embeddings: int = 4096  # Longest text; rotary positions have no table, so it may be raised
+    max_position_embeddings: int = 512  # Longest text, 4096 in the published folders; rotary positions have no table, so it may be raised
     type_vocab_size: int = 2  # Token types
     initializer_range: float | int = 0.02  # Standard deviation of random weights
     layer_norm_eps: float | int = 1e-12  # Added to the variance in a LayerNorm
-    attention_window: int | list[int] = 128  # Width of the window, both sides together; one for all blocks, or one each
+    attention_window: int | list[int] = 512  # Width of the window, both sides together; one for all blocks, or one each; 128 in the published folders
     use_sparse_attention: bool = True  # True: window and global tokens; False: everything sees everything
-    pad_token_id: int | None = 0  # Id of padding
+    pad_token_id: int | None = 1  # Id of padding
     bos_token_id: int | None = 0
     eos_token_id: int | list[int] | None = 2
     sep_token_id: int = 2  # Where the first part of a text ends; the heads for questions and choices look for it
