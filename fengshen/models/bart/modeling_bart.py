@@ -176,13 +176,13 @@ def forward(
             input_ids, attention_mask=attention_mask, encoder_outputs=encoder_outputs, decoder_input_ids=decoder_input_ids,
             decoder_attention_mask=decoder_attention_mask, past_key_values=past_key_values, use_cache=False if labels is not None else use_cache,
             output_attentions=seen, return_dict=True, **kwargs)
-    edits_blc, logits_bmv = self.classification_head(out.encoder_last_hidden_state), F.linear(out.last_hidden_state, self.model.shared.weight)
-    logits_bmv = logits_bmv + self.final_logits_bias.to(logits_bmv.dtype)
+    bias_v = self.final_logits_bias[0].to(out.last_hidden_state.dtype)
+    edits_blc, logits_bmv = self.classification_head(out.encoder_last_hidden_state), F.linear(out.last_hidden_state, self.model.shared.weight, bias_v)
     loss = encoder_loss = decoder_loss = None
     if encoder_labels is not None:
         encoder_loss, edits_blc = self.encoder_loss(edits_blc, encoder_labels)
     if labels is not None:
-        decoder_loss = F.cross_entropy(logits_bmv.flatten(0, 1).float(), labels.flatten())
+        decoder_loss = F.cross_entropy(logits_bmv.flatten(0, 1), labels.flatten())
     if encoder_loss is not None and decoder_loss is not None:
         loss = encoder_loss * self.config.loss_weight + decoder_loss
     rest = {name: value for name, value in out.items() if name != "last_hidden_state"}
