@@ -8,8 +8,6 @@ __all__ = ['BOS', 'EOS', 'ROWS', 'FEED_FORWARD', 'T5Config']
 # %% ../../../nbs/api/models/megatron_t5/configuration_megatron_t5.ipynb #52b0cfa8
 import copy
 
-import torch  # transformers names it in the type of `dtype`, which the page of this class shows
-
 from ..transformer_utils import PublishedConfig
 from ...utils.core import pick
 
