@@ -20,8 +20,8 @@ import torch
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning_fabric.utilities.apply_func import apply_to_collection
 
-from .manifest import MANIFEST, file_names, read_manifest, seal, sync, sync_and_hash
-from ..utils.core import choice, explain, patch, say
+from .manifest import MANIFEST, file_names, read_manifest, seal, sync_and_hash
+from ..utils.core import choice, explain, patch, say, sync
 
 # %% ../../nbs/api/training/checkpoint.ipynb #01e567b1
 NAME = re.compile(r"step-(\d{8})$")

@@ -321,14 +321,45 @@ def validation_step(self: CausalLMModule, batch, batch_idx):
 
 
 @patch
-def on_validation_epoch_end(self: CausalLMModule):
-    "Sum over the ranks, compute the metrics, and answer a few questions."
+def measured(self: CausalLMModule, split) -> dict:
+    "Loss, perplexity and metrics over the ranks, logged under the split's name."
     loss_sum, labels = self.trainer.strategy.reduce(self._valid_sums, reduce_op="sum").tolist()
     loss = loss_sum / max(labels, 1)
-    self.valid = dict(loss=loss, perplexity=math.exp(min(loss, 700)), **{k: float(m.compute()) for k, m in self.metrics.items()})
-    self.log_dict({f"valid_{k}": v for k, v in self.valid.items()}, sync_dist=True)  # equal on all ranks already; Lightning wants to be told
+    found = dict(loss=loss, perplexity=math.exp(min(loss, 700)), **{k: float(m.compute()) for k, m in self.metrics.items()})
+    self.log_dict({f"{split}_{k}": v for k, v in found.items()}, sync_dist=True)  # equal on all ranks already; Lightning wants to be told
+    return found
+
+
+@patch
+def on_validation_epoch_end(self: CausalLMModule):
+    "Compute the metrics, and answer a few questions."
+    self.valid = self.measured("valid")
     ask = getattr(self.trainer.datamodule, "prompts", None)
     self.samples = [] if ask is None or self.n_samples == 0 else self.answer(ask(self.n_samples))
+
+# %% ../../nbs/api/training/module.ipynb #testcd01
+@patch
+def on_test_start(self: CausalLMModule):
+    "Before a test, which may come without a fit."
+    self.check_head()
+
+
+@patch
+def on_test_epoch_start(self: CausalLMModule):
+    "Forget the last validation."
+    self.on_validation_epoch_start()
+
+
+@patch
+def test_step(self: CausalLMModule, batch, batch_idx):
+    "Add one micro-batch to the sums and metrics."
+    self.validation_step(batch, batch_idx)
+
+
+@patch
+def on_test_epoch_end(self: CausalLMModule):
+    "Compute the metrics."
+    self.measured("test")
 
 # %% ../../nbs/api/training/module.ipynb #34173cb3
 @patch

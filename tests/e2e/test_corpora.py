@@ -1,5 +1,6 @@
 """Training on tokenised corpora: each way to cut them, several by weight, stopped and gone on with, on one process and on two."""
 import itertools
+import math
 import shutil
 
 import numpy as np
@@ -10,6 +11,8 @@ from fengshen.data.mmap_dataloader.mmap_writer import write_mmap
 from fengshen.data.universal_datamodule import UniversalDataModule
 from fengshen.tokenizer import load_tokenizer
 from fengshen.training.checkpoint import checkpoints, step_of
+from fengshen.training.module import CausalLMModule
+from fengshen.training.trainer import new_trainer
 from tests.training_runs import fit, fit_here, flags, here, read, series, tiny_config, weights, weights_apart
 
 TOKENIZER = load_tokenizer("fengshen:tokenizer_demo")
@@ -64,6 +67,18 @@ def test_a_part_of_the_corpus_validates(folder, tmp_path):
     run = fit_here(tmp_path / "run", **settings(folder, str(folder / "large"), **{
         "data.split": "90,10", "trainer.val_check_interval": 4, "trainer.check_val_every_n_epoch": None, "data.tokenizer": "fengshen:tokenizer_demo", "model.samples": 2}))
     assert [row["step"] for row in read(run, "valid")] == [4, 8] and (run / "samples.jsonl").exists()
+
+
+def test_what_is_kept_for_a_test_is_read_by_the_test_alone(folder, tmp_path):
+    data = UniversalDataModule(str(folder / "large"), split="80,10,10", tokenizer=TOKENIZER, max_length=64, micro_batch=2)
+    trainer = new_trainer(tmp_path / "run", strategy="auto", max_steps=1)
+    module = CausalLMModule(config=tiny_config(tmp_path), samples=0)
+    (found,) = trainer.test(module, datamodule=data, verbose=False)
+    assert list(data.sets) == ["test"] and math.isclose(found["test_loss"], math.log(1280), rel_tol=0.05)
+    trainer.fit(module, datamodule=data)
+    assert list(data.sets) == ["test", "train", "valid"]
+    numbers = [(s.firsts[0], s.firsts[0] + len(s)) for s in (data.sets[name] for name in ("train", "valid", "test"))]
+    assert [b for a, b in numbers[:-1]] == [a for a, b in numbers[1:]] and numbers[0][0] == 0 and numbers[-1][1] == len(data.sets["test"].parts[0])
 
 
 @pytest.mark.parametrize("extra, said", [

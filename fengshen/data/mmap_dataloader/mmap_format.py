@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'FORMAT', 'VERSION', 'BLOCK', 'KINDS', 'shard_name', 'file_name', 'choose_dtype', 'fitted', 'Column',
-           'column', 'columns', 'files_of', 'Sums', 'sync', 'write_json', 'read_json', 'read_manifest',
-           'tokenizer_mark', 'check_tokenizer', 'Stored', 'stored']
+           'column', 'columns', 'files_of', 'Sums', 'write_json', 'read_json', 'read_manifest', 'tokenizer_mark',
+           'check_tokenizer', 'Stored', 'stored']
 
 # %% ../../../nbs/api/data/mmap_dataloader/mmap_format.ipynb #074d052a
 import json
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
-from ...utils.core import explain, patch
+from ...utils.core import explain, patch, sync
 
 # %% ../../../nbs/api/data/mmap_dataloader/mmap_format.ipynb #60a3858a
 MANIFEST, FORMAT, VERSION = "manifest.json", "fengshen-mmap", 1
@@ -140,17 +140,6 @@ def digests(self: Sums) -> list:
     return self.done + [self.hash.hexdigest()] * bool(self.held)
 
 # %% ../../../nbs/api/data/mmap_dataloader/mmap_format.ipynb #762ccb33
-def sync(
-    path,  # A file, or a folder: then its list of names
-):
-    "Have the system write it to the disk now."
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def write_json(
     path,  # Where
     content,  # What

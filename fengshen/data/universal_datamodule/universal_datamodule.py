@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 
 from ..megatron_dataloader.splits import parse_split
-from ..task_dataloader.datamodule import ConversationDataModule
+from ..task_dataloader.datamodule import ConversationDataModule, needed
 from .corpora import Corpora, named_corpora
 from ...utils.core import explain, patch, say
 
@@ -23,7 +23,7 @@ class UniversalDataModule(ConversationDataModule):
         self,
         train: str | list[str] | dict[str, float] | None = None,  # File, folder, glob, hub id, a tokenised corpus (folder or Megatron prefix); several; or {name: weight}
         valid: str | list[str] | dict[str, float] | None = None,  # The same to validate on; None: no validation, or a part of the corpus by `split`
-        test: str | list[str] | dict[str, float] | None = None,  # The same for a last test
+        test: str | list[str] | dict[str, float] | None = None,  # The same for `Trainer.test`
         corpus: str = "windows",  # How a tokenised corpus is cut: windows; megatron (its order, from .bin and .idx); packed (whole documents, no attention between them)
         split: str | None = None,  # Shares of a tokenised corpus for train, valid and test, such as 969,30,1
         **settings,  # Those of `ConversationDataModule`
@@ -41,9 +41,9 @@ def setup(self: UniversalDataModule, stage=None):
     "Open the corpora that this stage needs; whatever else is named is read as conversations."
     for split in self.splits:
         paths, weights = named_corpora(getattr(self, split))
-        if paths is not None and split not in self.sets and (split != "train" or stage in (None, "fit")):
+        if paths is not None and split not in self.sets and needed(split, stage):
             self.open_corpora(split, paths, weights, self.share(split))
-    self.open_parts()
+    self.open_parts(stage)
     ConversationDataModule.setup(self, stage)
 
 
@@ -69,14 +69,14 @@ def share(self: UniversalDataModule, split) -> tuple:
 
 
 @patch
-def open_parts(self: UniversalDataModule):
+def open_parts(self: UniversalDataModule, stage):
     "Open what `split` leaves of the training corpora for validation and test."
     paths, weights = named_corpora(self.train)
     if self.split is not None and paths is None:
         raise ValueError(explain("split cuts tokenised corpora", self.train, "a tokenised corpus in data.train", "give conversations for validation by data.valid"))
     for split in ("valid", "test"):
         share = self.share(split)
-        if self.split is not None and getattr(self, split) is None and share[0] < share[1] and split not in self.sets:
+        if self.split is not None and needed(split, stage) and getattr(self, split) is None and share[0] < share[1] and split not in self.sets:
             self.open_corpora(split, paths, weights, share)
 
 # %% ../../../nbs/api/data/universal_datamodule/universal_datamodule.ipynb #bee3d4a6
