@@ -20,9 +20,9 @@ from transformers.utils import can_return_tuple
 
 from .attention import chunked_attention, make_chunks
 from .configuration_longformer import LongformerConfig, check_config, reaches
-from fengshen.models.transformer_utils import (
-    CheckedModel, any_of, attend, boundaries, check_ids, check_length, documents, global_tokens, is_packed, knows_boundaries, make_mask, padding, rotary_table,
-    rotate, window, with_weights)
+from ..transformer_utils import (
+    CheckedModel, any_of, attend, boundaries, check_ids, documents, global_tokens, is_packed, knows_boundaries, make_mask, padding, rotary_table,
+    rotate, window, with_weights, words_and_positions)
 from ...utils.core import explain, patch
 
 # %% ../../../nbs/api/models/longformer/modeling_longformer.ipynb #c220e088
@@ -222,16 +222,8 @@ def embed(
     position_ids,  # [b, l] or None
 ):
     "(embedded tokens [b, l, d], positions [b, l] or [1, l]) after checks; a `ValueError` says what does not fit."
-    if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError(explain("a model reads ids or embeddings", f"input_ids {type(input_ids).__name__}, inputs_embeds {type(inputs_embeds).__name__}", "one of the two"))
-    check_ids("token ids", input_ids, self.config.vocab_size, "use the tokenizer that belongs to these weights")
+    words_bld, position_ids = words_and_positions(self, input_ids, inputs_embeds, position_ids)
     check_ids("token types", token_type_ids, self.config.type_vocab_size, "0 is the first text, 1 the second")
-    longer = "cut the texts; rotary positions have no table, so max_position_embeddings may also be raised"
-    words_bld = self.embeddings.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-    if position_ids is None:
-        check_length(words_bld.shape[1], self.config.max_position_embeddings, longer)
-        position_ids = torch.arange(words_bld.shape[1], device=words_bld.device)[None]
-    check_ids("positions", position_ids, self.config.max_position_embeddings, longer)
     types_bl = torch.zeros(words_bld.shape[:2], dtype=torch.long, device=words_bld.device) if token_type_ids is None else token_type_ids
     return self.embeddings(words_bld, types_bl), position_ids
 

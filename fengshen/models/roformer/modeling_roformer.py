@@ -20,9 +20,9 @@ from transformers.models.megatron_bert.modeling_megatron_bert import MegatronBer
 from transformers.utils import can_return_tuple
 
 from .configuration_roformer import RoFormerConfig, check_config
-from fengshen.models.transformer_utils import (
-    CheckedModel, attend, boundaries, check_ids, check_length, documents, is_packed, knows_boundaries, make_mask, padding, prefix, rotary_table, rotate,
-    with_weights)
+from ..transformer_utils import (
+    CheckedModel, attend, boundaries, check_ids, documents, is_packed, knows_boundaries, make_mask, padding, prefix, rotary_table, rotate,
+    with_weights, words_and_positions)
 from ...utils.core import explain, patch
 
 # %% ../../../nbs/api/models/roformer/modeling_roformer.ipynb #26a7d0f5
@@ -235,16 +235,8 @@ def inputs(
     past,  # Cached tokens
 ):
     "(embedded words, token types, positions) after checks; a `ValueError` says what does not fit."
-    if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError(explain("a model reads ids or embeddings", f"input_ids {type(input_ids).__name__}, inputs_embeds {type(inputs_embeds).__name__}", "one of the two"))
-    check_ids("token ids", input_ids, self.config.vocab_size, "use the tokenizer that belongs to these weights")
+    words_bld, position_ids = words_and_positions(self, input_ids, inputs_embeds, position_ids, past)
     check_ids("token types", token_type_ids, self.config.type_vocab_size, "0 is read, 1 is written", wait=True)
-    longer = "cut the texts; rotary positions have no table, so max_position_embeddings may also be raised"
-    words_bld = self.embeddings.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-    if position_ids is None:
-        check_length(past + words_bld.shape[1], self.config.max_position_embeddings, longer)
-        position_ids = torch.arange(past, past + words_bld.shape[1], device=words_bld.device)[None]
-    check_ids("positions", position_ids, self.config.max_position_embeddings, longer)
     types_bl = torch.full(words_bld.shape[:2], self.config.default_token_type, device=words_bld.device) if token_type_ids is None else token_type_ids
     return words_bld, types_bl, position_ids
 
