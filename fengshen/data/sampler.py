@@ -148,7 +148,7 @@ class GlobalBatchSampler:
         self.global_batch = micro_batch * accumulate * world
         self.steps_per_epoch = -(-size // self.global_batch)
         self.epoch = self.consumed = 0
-        self._order, self.cursors = (None, None), getattr(order, "cursors", None)
+        self._order, self._step, self.cursors = (None, None), (None, None), getattr(order, "cursors", None)
 
     def __len__(self) -> int:
         "Optimizer steps of a whole epoch, wherever the sampler stands."
@@ -169,7 +169,16 @@ def upcoming(self: GlobalBatchSampler) -> np.ndarray:
     "Numbers of the samples of the current optimizer step, of all processes."
     if self.cursors is None:
         return self.order()[self.consumed : self.consumed + self.global_batch]
-    return self.ordering.draw(self.cursors, min(self.global_batch, self.size - self.consumed))[0]
+    return self.blended()[0]
+
+
+@patch
+def blended(self: GlobalBatchSampler) -> tuple:
+    "(numbers of the current step's samples, cursors after it) of a blend, kept until the sampler moves."
+    place = self.epoch, self.consumed
+    if self._step[0] != place:
+        self._step = place, self.ordering.draw(self.cursors, min(self.global_batch, self.size - self.consumed))
+    return self._step[1]
 
 
 @patch
@@ -185,7 +194,7 @@ def advance(self: GlobalBatchSampler):
     "Count the current window as seen; after the last one the next epoch begins."
     count = min(self.global_batch, self.size - self.consumed)
     if self.cursors is not None:
-        self.cursors = self.ordering.draw(self.cursors, count)[1]
+        self.cursors = self.blended()[1]
     self.consumed += count
     if self.consumed == self.size:
         self.epoch, self.consumed = self.epoch + 1, 0
@@ -228,7 +237,7 @@ def load_state_dict(self: GlobalBatchSampler, state):
         got = dict(epoch=state["epoch"], consumed=state["consumed"])
         raise ValueError(explain("the saved position is outside the data", got, f"an epoch from 0, and 0 to {self.size - 1} samples"))
     self.epoch, self.consumed = int(state["epoch"]), int(state["consumed"])
-    self.cursors = None if self.cursors is None else self.ordering.take_up(state["blend"])
+    self.cursors, self._step = None if self.cursors is None else self.ordering.take_up(state["blend"]), (None, None)
 
 # %% ../../nbs/api/data/sampler.ipynb #8e296a06
 class TrainLoader:
