@@ -7,7 +7,7 @@ import torch
 
 from fengshen.data.task_dataloader.datamodule import ConversationDataModule
 from fengshen.losses import cross_entropy
-from fengshen.training.module import CausalLMModule
+from fengshen.training.module import LanguageModelModule
 from tests.training_runs import uneven_pairs
 
 MARK, LINE = 509, 13  # 血 in the packaged tokenizer; counted from 1
@@ -68,7 +68,7 @@ def hungry(logits, labels):
     return cross_entropy(logits, labels)
 
 
-class WithoutStep(CausalLMModule):
+class WithoutStep(LanguageModelModule):
     "Leaves out the update of the step whose samples hold the mark, with good gradients, and knows nothing of guards."
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
@@ -82,7 +82,7 @@ class WithoutStep(CausalLMModule):
         return super().training_step(batch, batch_idx)
 
 
-class OtherRate(CausalLMModule):
+class OtherRate(LanguageModelModule):
     "Somebody writes another learning rate into the optimizer before the fourth step."
 
     def on_train_batch_start(self, batch, batch_idx):
@@ -91,7 +91,7 @@ class OtherRate(CausalLMModule):
                 group["lr"] = 0.123
 
 
-class CutOff(CausalLMModule):
+class CutOff(LanguageModelModule):
     "The loss does not reach the weights."
 
     def token_loss(self, batch, observe=None):

@@ -96,9 +96,9 @@ class Case:
     @property
     def module(self):
         "The module, if it is a causal language model."
-        from fengshen.training.module import CausalLMModule
+        from fengshen.training.module import LanguageModelModule
 
-        if not isinstance(self.cli.model, CausalLMModule):
+        if not isinstance(self.cli.model, LanguageModelModule):
             raise Waiting("a module for causal language models")
         return self.cli.model
 

@@ -25,7 +25,7 @@ from ..training.run import STOPPED, Run
 from ..utils.core import explain, is_main_process, load_name, patch, say
 
 # %% ../../nbs/api/cli/fit.ipynb #1679091c
-DEFAULT_CLASSES = dict(module="fengshen.training.module.CausalLMModule", datamodule="fengshen.data.universal_datamodule.UniversalDataModule")
+DEFAULT_CLASSES = dict(module="fengshen.training.module.LanguageModelModule", datamodule="fengshen.data.universal_datamodule.UniversalDataModule")
 
 
 def split_args(

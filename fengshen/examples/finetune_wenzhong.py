@@ -13,7 +13,7 @@ import torch
 from ..data.task_dataloader.medicalQADataset import GPT2QADataModel
 from ..metric import char_f1
 from ..models.model_utils import OptimizerConfig, ScheduleConfig
-from ..training.module import CausalLMModule
+from ..training.module import LanguageModelModule
 from ..training.run import Run
 from ..training.trainer import finish_run, new_trainer
 
@@ -22,7 +22,7 @@ class QAData(GPT2QADataModel):
     "Question-answer pairs, as Wenzhong and Yuyuan were asked: `Question:... answer:...`."
 
 # %% ../../nbs/api/examples/finetune_wenzhong.ipynb #c9f0f895
-class WenzhongQA(CausalLMModule):
+class WenzhongQA(LanguageModelModule):
     "A GPT-2 that learns to answer; validation also compares its answers with the references."
 
     def on_validation_epoch_end(self):

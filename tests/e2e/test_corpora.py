@@ -11,7 +11,7 @@ from fengshen.data.mmap_dataloader.mmap_writer import write_mmap
 from fengshen.data.universal_datamodule import UniversalDataModule
 from fengshen.tokenizer import load_tokenizer
 from fengshen.training.checkpoint import checkpoints, step_of
-from fengshen.training.module import CausalLMModule
+from fengshen.training.module import LanguageModelModule
 from fengshen.training.trainer import new_trainer
 from tests.training_runs import fit, fit_here, flags, here, read, series, tiny_config, weights, weights_apart
 
@@ -72,7 +72,7 @@ def test_a_part_of_the_corpus_validates(folder, tmp_path):
 def test_what_is_kept_for_a_test_is_read_by_the_test_alone(folder, tmp_path):
     data = UniversalDataModule(str(folder / "large"), split="80,10,10", tokenizer=TOKENIZER, max_length=64, micro_batch=2)
     trainer = new_trainer(tmp_path / "run", strategy="auto", max_steps=1)
-    module = CausalLMModule(config=tiny_config(tmp_path), samples=0)
+    module = LanguageModelModule(config=tiny_config(tmp_path), samples=0)
     (found,) = trainer.test(module, datamodule=data, verbose=False)
     assert list(data.sets) == ["test"] and math.isclose(found["test_loss"], math.log(1280), rel_tol=0.05)
     trainer.fit(module, datamodule=data)

@@ -4,7 +4,7 @@ The samples have between 1 and 60 scored characters, and the last window of an e
 """
 import pytest
 
-from fengshen.training.module import CausalLMModule
+from fengshen.training.module import LanguageModelModule
 from tests.training_runs import TINY, apart, fit, fit_here, read, series, tiny_config, uneven_pairs, weights, weights_apart
 
 PAIRS, BATCH, STEPS = 37, 8, 10  # two epochs of 5 steps
@@ -55,7 +55,7 @@ def test_accumulation_is_one_batch(folder, whole, micro_batch, accumulate):
     check_equal(fit_here(folder / f"{micro_batch}x{accumulate}", **settings(folder, micro_batch, accumulate)), whole)
 
 
-class MeanOfMeans(CausalLMModule):
+class MeanOfMeans(LanguageModelModule):
     "The usual mistake: each micro-batch has its own mean, and those are averaged."
 
     def training_step(self, batch, batch_idx):
