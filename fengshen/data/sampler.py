@@ -267,20 +267,23 @@ def labelled(
 
 
 def fetched(
-    dataset,  # Has `__getitems__(numbers, copy=True)`, or gives one item after the other
+    dataset,  # Has `at(numbers, epoch)` or `__getitems__(numbers, copy=True)`, or gives one item after the other
     numbers,  # Of what is wanted
+    epoch=0,  # For what changes from epoch to epoch
 ):
     "What `collate` takes: a whole micro-batch or a list of items; an empty list for no numbers."
+    if hasattr(dataset, "at"):
+        return dataset.at(list(numbers), epoch)
     if hasattr(dataset, "__getitems__"):
         return dataset.__getitems__(list(numbers), copy=True) if len(numbers) else []
     return [dataset[i] for i in numbers]
 
 
 @patch
-def named(self: TrainLoader, micro) -> tuple:
+def named(self: TrainLoader, micro, epoch) -> tuple:
     "The items of a micro-batch, and (sample number, sample) of each: a packed row is a list of samples, and `dataset.rows` numbers them."
-    items, rows = fetched(self.dataset, micro), getattr(self.dataset, "rows", None)
-    if hasattr(self.dataset, "__getitems__"):
+    items, rows = fetched(self.dataset, micro, epoch), getattr(self.dataset, "rows", None)
+    if hasattr(self.dataset, "at") or hasattr(self.dataset, "__getitems__"):
         return items, [(number, None) for number in micro]
     if rows is None:
         return items, list(zip(micro, items))
@@ -293,15 +296,15 @@ def step(
     sampler=None,  # Where to look for the window; None: the loader's own sampler
 ) -> list:
     "The batches of the current window, with `step_labels`, `numbers` and `unlabelled`."
-    batches = []
-    for micro in (sampler or self.sampler).window():
-        items, samples = self.named(micro)
+    sampler, batches = sampler or self.sampler, []
+    for micro in sampler.window():
+        items, samples = self.named(micro, sampler.epoch)
         batches.append(self.collate(items))
         batches[-1]["numbers"] = frozenset(number for number, _ in samples)
         batches[-1]["unlabelled"] = frozenset(number for number, sample in samples if not labelled(sample))
-    labels = sum(batch["num_labels"] for batch in batches)
+    counts = {"step_" + name.removeprefix("num_"): sum(b[name] for b in batches) for name in batches[0] if name.startswith("num_")}
     for batch in batches:
-        batch["step_labels"] = labels
+        batch.update(counts)
     return batches
 
 # %% ../../nbs/api/data/sampler.ipynb #0d585264
