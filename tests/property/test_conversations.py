@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from transformers import BertTokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -369,10 +370,11 @@ def test_an_unknown_choice_is_refused(name, value):
 
 def test_a_tokenizer_without_an_end_is_refused_with_the_remedy(tmp_path):
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n头\n疼\n休\n息\n", "utf8")
-    bert = load_tokenizer(tmp_path)
+    bert = BertTokenizer.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match='no end-of-text token.*"eos_token"'):
         ConversationDataset(DATA, bert)
-    bert.eos_token = "[SEP]"
+    bert = load_tokenizer(tmp_path)
+    assert bert.eos_token == "[SEP]"
     dataset = ConversationDataset([dict(question="头疼", answer="休息")], bert, template="{question}{answer}")
     assert dataset[0]["input_ids"].tolist() == [5, 6, 7, 8, 3] and scored(dataset[0]) == [7, 8, 3]
     with pytest.raises(ValueError, match="record 1: there is nothing to learn"):
