@@ -19,6 +19,7 @@ class Batch(dict):
     "A micro-batch: a dict of tensors and Python integers, with a readable repr."
 
     tokenizer = None  # set it to see text in the repr instead of ids
+    own_place = False  # True for masked rows: column t + 1 of the labels belongs to the token at t itself
 
     @property
     def packed(self) -> bool:
@@ -187,16 +188,30 @@ def __repr__(self: Batch) -> str:
     if "input_ids" not in self:
         return f"Batch({list(self)})"
     rows, length = self.shape
-    kind = "packed" if self.packed else "padded"
-    counts = f"{self.get('tokens', 0):,} real tokens ({self.get('tokens', 0) / (rows * length):.1%}), {self.get('num_labels', 0):,} scored"
-    return f"Batch: {rows} x {length}, {kind}; {counts}"
+    target = self["decoder_input_ids"].shape[1] if "decoder_input_ids" in self else 0
+    kind = "packed" if self.packed else "masked" if self.own_place else "padded"
+    counts = f"{self.get('tokens', 0):,} real tokens ({self.get('tokens', 0) / (rows * (length + target)):.1%}), {self.get('num_labels', 0):,} scored"
+    return f"Batch: {rows} x {length}{f' to {target}' if target else ''}, {kind}; {counts}"
+
+# %% ../../nbs/api/data/batch.ipynb #654189ff
+@patch
+def parts(
+    self: Batch,
+    most,  # Rows at most
+) -> list:
+    "[[(ids, labels, documents)]]: what is drawn of each row, the input and, where there is one, the target."
+    numbers, ids, labels = document_numbers(self)[:most], self["input_ids"][:most].cpu(), self["labels"][:most].cpu()
+    if "decoder_input_ids" not in self:
+        own = int(self.own_place)
+        return [[row] for row in zip(ids.tolist(), labels[:, own : own + ids.shape[1]].tolist(), numbers)]
+    targets, padding = labels[:, 1:].clamp(min=0).tolist(), np.where(labels[:, 1:] == -100, -1, 0)
+    return [[(row, [-100] * len(row), number), (target, target, empty)] for row, number, target, empty in zip(ids.tolist(), numbers, targets, padding)]
 
 # %% ../../nbs/api/data/batch.ipynb #a5771bce
 @patch
 def _repr_html_(self: Batch) -> str:
-    "The first eight rows: scored tokens green, padding grey, a bar between documents."
-    numbers = document_numbers(self)
-    rows = zip(self["input_ids"].tolist(), self["labels"][:, : numbers.shape[1]].tolist(), numbers)
-    drawn = [f'<tr><td style="text-align:left;white-space:pre-wrap">{row_html(*row, self.tokenizer)}</td></tr>' for row, _ in zip(rows, range(8))]
-    more = f"<p>… and {len(numbers) - 8} more rows</p>" if len(numbers) > 8 else ""
+    "The first eight rows: scored tokens green, padding grey, a bar between documents; under each row its target, where it has one."
+    cell = '<td style="text-align:left;white-space:pre-wrap">{}</td>'
+    drawn = [f"<tr>{''.join(cell.format(row_html(*part, self.tokenizer)) for part in row)}</tr>" for row in self.parts(8)]
+    more = f"<p>… and {self.shape[0] - 8} more rows</p>" if self.shape[0] > 8 else ""
     return f"<p>{html.escape(repr(self))}; <span style='{COLOURS['scored']}'>scored</span></p><table>{''.join(drawn)}</table>{more}"
