@@ -6,6 +6,10 @@
 __all__ = []
 
 # %% ../../../nbs/api/models/bart/index.ipynb #17975105
+from ..auto.registry import enroll
 from .configuration_bart import BartTextInfillConfig
 from .modeling_bart import BartForTextInfill, BartTextInfillOutput
 from .refinement import Draft, Sampling, Signs, infill, refine, write_around
+
+# %% ../../../nbs/api/models/bart/index.ipynb #c2be7fc7
+enroll("bart")

@@ -6,7 +6,11 @@
 __all__ = []
 
 # %% ../../../nbs/api/models/longformer/index.ipynb #4de7bb46
+from ..auto.registry import enroll
 from .configuration_longformer import LongformerConfig
 from .heads import (
     LongformerForMaskedLM, LongformerForMultipleChoice, LongformerForQuestionAnswering, LongformerForSequenceClassification, LongformerForTokenClassification)
 from .modeling_longformer import LongformerModel, LongformerPreTrainedModel
+
+# %% ../../../nbs/api/models/longformer/index.ipynb #af21a7b8
+enroll("longformer")

@@ -6,6 +6,10 @@
 __all__ = []
 
 # %% ../../../nbs/api/models/megatron_t5/index.ipynb #c8c05e0d
+from ..auto.registry import enroll
 from .configuration_megatron_t5 import T5Config
 from .modeling_megatron_t5 import T5EncoderModel, T5ForConditionalGeneration, T5Model, T5PreTrainedModel
 from .tokenization_megatron_t5 import T5Tokenizer
+
+# %% ../../../nbs/api/models/megatron_t5/index.ipynb #bfb2fa87
+enroll("megatron_t5")

@@ -6,8 +6,12 @@
 __all__ = []
 
 # %% ../../../nbs/api/models/roformer/index.ipynb #92986c18
+from ..auto.registry import enroll
 from .configuration_roformer import RoFormerConfig
 from .heads import (
     RoFormerForCausalLM, RoFormerForMaskedLM, RoFormerForMultipleChoice, RoFormerForNextSentencePrediction, RoFormerForPreTraining,
     RoFormerForPreTrainingOutput, RoFormerForQuestionAnswering, RoFormerForSequenceClassification, RoFormerForTokenClassification)
 from .modeling_roformer import RoFormerModel, RoFormerPreTrainedModel
+
+# %% ../../../nbs/api/models/roformer/index.ipynb #5d50683a
+enroll("roformer")
