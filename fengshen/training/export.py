@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TOKENIZERS', 'Source', 'DTYPES', 'CARD', 'SETTINGS', 'ADAPTERS', 'find_source', 'beside', 'find_config',
            'find_tokenizer', 'open_source', 'lora_of', 'pick_dtype', 'base_tensors', 'ordered', 'build', 'quiet',
-           'write_model', 'write_adapter', 'base_name', 'model_card', 'verify_export', 'out_folder', 'put_in_place',
-           'export']
+           'write_model', 'write_adapter', 'base_name', 'writes', 'loader_of', 'model_card', 'verify_export',
+           'out_folder', 'put_in_place', 'export']
 
 # %% ../../nbs/api/training/export.ipynb #c81e728d
 import contextlib
@@ -25,13 +25,13 @@ from ..models.loading import read_config_json
 from ..models.lora import LoRAConfig, adapters, add_lora, merge, peft_config, peft_name, target_layers
 from ..tokenizer import load_tokenizer
 from . import verify
+from .architecture import draw_missing, make_config, pick_model, read_values
 from .checkpoint import checkpoints
 from .manifest import MANIFEST, check
 from .names import match_names
 from .shards import write_weights
 from .weights import PREFIX, open_weights
 from ..utils.core import choice, explain, pick, say
-from ..utils.kernels.attention import model_class
 from ..utils.resources import fetch, resource
 
 # %% ../../nbs/api/training/export.ipynb #e4da3b7f
@@ -66,11 +66,11 @@ def find_config(
     source,  # The checkpoint
     config=None,  # A config.json, a folder that holds one, or a hub id; None: the source has it
 ):
-    "The Hugging Face config."
+    "What config.json says."
     if config is not None:
-        return read_config_json(resource(config) if str(config).endswith(".json") else fetch(config, weights=False))
+        return read_values(resource(config) if str(config).endswith(".json") else fetch(config, weights=False))
     if (beside(source) / "config.json").exists():
-        return read_config_json(beside(source) / "config.json")
+        return read_values(beside(source))
     raise ValueError(explain("the source has no config.json, and weights alone do not say what model they are of", str(source), "a folder with config.json",
                              "give one with --config: the folder of the model that was finetuned, or its config.json"))
 
@@ -96,18 +96,16 @@ Source = namedtuple("Source", "weights config kind names layout tied lora")  # n
 def open_source(
     checkpoint,  # A folder or file of weights
     config=None,  # A config.json, a folder or a hub id; None: the checkpoint has it
+    strict=True,  # False: weights that are missing are drawn, those left over are passed over, and both are said by name
+    architecture=None,  # Name of the model's class; None: the config's, or the one that has these weights
 ) -> Source:
     "The checkpoint with its architecture: everything known but the numbers."
-    from transformers import AutoModelForCausalLM
-
-    weights, config = open_weights(checkpoint), find_config(Path(checkpoint), config)
-    model_class(config)  # refuses what is no causal language model
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    layout = {n: tuple(v.shape) for n, v in model.state_dict().items()}
-    tied = {target: source for target, source in model.all_tied_weights_keys.items() if target in layout}
-    names = match_names(weights, layout, tied, f"{model.base_model_prefix}.")
-    return Source(weights, config, type(model), names, layout, tied, lora_of(weights, model))
+    weights, values = open_weights(checkpoint), find_config(Path(checkpoint), config)
+    one = pick_model(config := make_config(values, weights.shapes), weights, architecture)
+    names = match_names(weights, one.layout, one.tied, one.body, one.unread, strict)
+    if not strict:
+        draw_missing(weights, names, one)
+    return Source(weights, config, type(one.model), names, one.layout, one.tied, lora_of(weights, one.model))
 
 
 def lora_of(
@@ -220,7 +218,8 @@ def write_model(
     config, settings = source.config, beside(source.weights.path) / "generation_config.json"
     config.architectures, config.dtype = [source.kind.__name__], dtype
     config.save_pretrained(folder)
-    (GenerationConfig.from_pretrained(settings.parent) if settings.exists() else GenerationConfig.from_model_config(config)).save_pretrained(folder)
+    if source.kind.can_generate():
+        (GenerationConfig.from_pretrained(settings.parent) if settings.exists() else GenerationConfig.from_model_config(config)).save_pretrained(folder)
     rounded = source.lora is not None and dtype != torch.float32  # base and correction are rounded apart in one, together in the other
     return dict(tensors=found | {target: found[name] for target, name in source.tied.items()}, tolerance=5e-2 if rounded else 1e-4)
 
@@ -261,12 +260,11 @@ def base_name(
 # %% ../../nbs/api/training/export.ipynb #aab32389
 CARD = """---
 library_name: {library}
-pipeline_tag: text-generation
----
+{tag}---
 
 # {name}
 
-{made} with FengShen. Load it with `{loader}.from_pretrained` and `AutoTokenizer.from_pretrained`.
+{made} with FengShen. Load it with {loader} and `AutoTokenizer.from_pretrained`.
 
 | | |
 |---|---|
@@ -281,16 +279,33 @@ SETTINGS = """
 """
 
 
+def writes(
+    kind,  # A model's class; None: an unnamed one, which writes
+) -> bool:
+    "Whether it continues texts."
+    return kind is None or kind.__name__.endswith(("ForCausalLM", "LMHeadModel"))
+
+
+def loader_of(
+    kind,  # A model's class; None: one that AutoModelForCausalLM loads
+) -> str:
+    "How a model of that class is loaded, in words; a class of this library comes with it."
+    if kind is None or kind.__module__.startswith("transformers."):
+        return f"`{'AutoModelForCausalLM' if writes(kind) else kind.__name__}.from_pretrained`"
+    return f"`{kind.__name__}.from_pretrained` (`from {kind.__module__.rpartition('.')[0]} import {kind.__name__}`)"
+
+
 def model_card(
     checkpoint,  # The checkpoint, a folder or a file
     facts,  # Rows of the table, name: value
     adapter=False,  # True: an adapter alone
+    kind=None,  # The model's class; None: one that AutoModelForCausalLM loads
 ) -> str:
     "A README.md for the exported folder: what it is and, of a run, its effective settings."
     run, ours = beside(checkpoint) / "run.yaml", (checkpoint / "state.ckpt").exists()
     text = CARD.format(name=checkpoint.parent.parent.name if ours else checkpoint.stem, rows="\n".join(f"| {k} | {v} |" for k, v in facts.items()),
-                       library="peft" if adapter else "transformers", loader="AutoPeftModelForCausalLM" if adapter else "AutoModelForCausalLM",
-                       made="Finetuned" if ours else "Converted")
+                       library="peft" if adapter else "transformers", loader="`AutoPeftModelForCausalLM.from_pretrained`" if adapter else loader_of(kind),
+                       made="Finetuned" if ours else "Converted", tag="pipeline_tag: text-generation\n" if writes(kind) else "")
     return text + (SETTINGS.format(settings=run.read_text("utf8").strip()) if run.exists() else "")
 
 # %% ../../nbs/api/training/export.ipynb #c74d97b0
@@ -350,11 +365,13 @@ def export(
     config=None,  # A config.json, a folder with one, or a hub id; needed where the source has none
     tokenizer=None,  # A folder with a tokenizer, or a hub id; needed where the source has none
     adapter="merged",  # What becomes of a LoRA adapter: merged into the weights, or alone, as a folder for peft
+    strict=True,  # False: weights that are missing are drawn, those left over are passed over, and both are said by name
+    architecture=None,  # Name of the model's class; None: the config's, or the one that has these weights
 ) -> Path:
     "Write a checkpoint as a Hugging Face folder, verified in a fresh process before it is put in place."
     started, checkpoint, write = time.time(), find_source(source), pick("adapter", adapter, ADAPTERS)
     out = out_folder(checkpoint, out, "adapter" if adapter == "alone" else "export")
-    found = open_source(checkpoint, config)
+    found = open_source(checkpoint, config, strict, architecture)
     if adapter == "alone" and not found.lora:
         raise ValueError(explain("there is no adapter in this checkpoint", str(checkpoint), "a run with model.lora", "leave --adapter out"))
     words, kind = find_tokenizer(checkpoint, found.config.vocab_size, tokenizer), pick_dtype(dtype, found.weights)
@@ -364,7 +381,7 @@ def export(
     words.save_pretrained(partial)
     count = sum(torch.Size(s).numel() for n, s in found.layout.items() if n not in found.tied)
     facts = dict(architecture=found.kind.__name__, parameters=f"{count:,}", dtype=str(kind).removeprefix("torch."), checkpoint=checkpoint.name)
-    (partial / "README.md").write_text(model_card(checkpoint, facts, adapter == "alone"), "utf8")
+    (partial / "README.md").write_text(model_card(checkpoint, facts, adapter == "alone", found.kind), "utf8")
     said = verify_export(partial, expected | dict(logits=verify.logits(build(found, kind))))
     put_in_place(partial, out)
     say(f"exported {checkpoint.name} to {out} ({time.time() - started:.0f} s): {said}")

@@ -157,6 +157,15 @@ class Weights:
         "These tensors, by name."
         return dict(self.stream(names))
 
+    def add(
+        self,
+        tensors,  # {name: tensor}
+    ):
+        "More tensors, which are in the memory."
+        self.parts.append(Part(lambda: tensors_of(tensors), again=False))
+        for name, tensor in tensors.items():
+            self.places[name], self.shapes[name], self.dtypes[name] = len(self.parts) - 1, tuple(tensor.shape), tensor.dtype
+
     def __repr__(self):
         count = sum(math.prod(s) for s in self.shapes.values())
         return f"Weights({self.kind}, {len(self.shapes)} tensors, {count:,} numbers)"
