@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['chosen_tokens', 'replaced', 'bert_corrupt', 'split_places', 'paired']
 
-# %% ../../../nbs/api/data/masking/bert.ipynb #43c4ad52
+# %% ../../../nbs/api/data/masking/bert.ipynb #510a4377
 import numpy as np
 
 from .draws import Draws, smallest, uniform
 from .pieces import mark, sentence_starts, word_starts
-from .rows import as_given, as_rows, fitting
+from .rows import as_given, as_rows, two_parts
 from .spans import check_rate, chosen_spans, group_starts, ngram_law
 from ...utils.core import explain
 
-# %% ../../../nbs/api/data/masking/bert.ipynb #7a8fd1ef
+# %% ../../../nbs/api/data/masking/bert.ipynb #5c6b4d9e
 def chosen_tokens(
     ids_bl,  # int64: rows
     real_bl,  # bool: where there is text
@@ -34,7 +34,7 @@ def chosen_tokens(
         starts_bl = group_starts(starts_bl, ~allowed_bl, ngram_law(ngrams, favour), draws.bits("lengths", ids_bl.shape[1]))
     return chosen_spans(starts_bl, allowed_bl, rate, draws) & allowed_bl
 
-# %% ../../../nbs/api/data/masking/bert.ipynb #618542d3
+# %% ../../../nbs/api/data/masking/bert.ipynb #90ad410b
 def replaced(
     ids_bl,  # int64: rows
     chosen_bl,  # bool: tokens to replace
@@ -54,7 +54,7 @@ def replaced(
     out[rows[other], places[other]] = pieces.ordinary[numbers.astype(np.int64)]
     return out
 
-# %% ../../../nbs/api/data/masking/bert.ipynb #0fbec4e6
+# %% ../../../nbs/api/data/masking/bert.ipynb #58acd956
 def bert_corrupt(
     ids,  # Tokens of a text, marks included (they stay); a list of texts; or int64 [b, l]
     seed,  # Integer of the run
@@ -75,7 +75,7 @@ def bert_corrupt(
     input_ids = replaced(rows.ids_bl, chosen_bl, draws, pieces, mask, random)
     return as_given(rows, input_ids=(input_ids, None), labels=(np.where(chosen_bl, rows.ids_bl, -100), None))
 
-# %% ../../../nbs/api/data/masking/bert.ipynb #0bfec955
+# %% ../../../nbs/api/data/masking/bert.ipynb #0b44e4ee
 def split_places(
     ids_bl,  # int64: texts, no marks around
     lengths_b,  # Their lengths
@@ -98,18 +98,8 @@ def paired(
 ) -> tuple:
     "(int64 [b, width]: [CLS] one part [SEP] the other [SEP], their lengths [b], token types [b, width], 1 where swapped, 0 where not, -100 where whole: [b])"
     lengths_b = np.asarray(lengths_b, np.int64)
-    fitting(lengths_b.max(initial=0), width - 3)
     at_b = split_places(ids_bl, lengths_b, draws, pieces)
     two_b = at_b < lengths_b
     swap_b = two_b & (draws.bits("swap", 1)[:, 0] >> np.uint64(63) == 1)
-    head_b = np.where(swap_b, lengths_b - at_b, at_b)[:, None]
-    place = np.arange(width)
-    tail_bl = place > head_b + 1
-    source_bl = place - np.where(tail_bl, 2 + head_b, 1) + np.where(tail_bl != swap_b[:, None], at_b[:, None], 0)
-    out = np.take_along_axis(np.pad(ids_bl, ((0, 0), (0, 1))), np.clip(source_bl, 0, ids_bl.shape[1]), 1)
-    whole_b = lengths_b + 2 + two_b
-    out[:, 0] = mark(pieces, "first")
-    out[(place == head_b + 1) | (place == whole_b[:, None] - 1)] = mark(pieces, "last")
-    out[place >= whole_b[:, None]] = mark(pieces, "pad")
-    types_bl = (tail_bl & (place < whole_b[:, None])).astype(np.int64)
+    out, whole_b, types_bl = two_parts(ids_bl, lengths_b, at_b, swap_b, width, pieces)
     return out, whole_b, types_bl, np.where(two_b, swap_b, -100).astype(np.int64)

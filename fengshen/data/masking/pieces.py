@@ -7,7 +7,7 @@ __all__ = ['ENDS', 'CLOSING', 'UNUSED', 'NAMES', 'ADVICE', 'surface', 'kind_of',
            'made_of', 'Vocabulary', 'mark', 'sentinels', 'word_starts', 'jieba_cut', 'chinese_starts',
            'sentence_starts', 'check_ids']
 
-# %% ../../../nbs/api/data/masking/pieces.ipynb #3a26ad10
+# %% ../../../nbs/api/data/masking/pieces.ipynb #d29aca80
 import re
 import unicodedata
 import warnings
@@ -17,7 +17,7 @@ import numpy as np
 from ...tokenizer.pieces import BYTE, Pieces, byte_alphabet
 from ...utils.core import explain, need
 
-# %% ../../../nbs/api/data/masking/pieces.ipynb #84ca9522
+# %% ../../../nbs/api/data/masking/pieces.ipynb #45644cca
 def surface(
     token,  # A token as the vocabulary spells it
     kind,  # "wordpiece", "bytes" or "metaspace"
@@ -46,7 +46,7 @@ def spaced(
     "Whether words of its script are set apart by blanks: letters and digits, but no Chinese and no kana."
     return character.isalnum() and not ("\u2e80" <= character <= "\u9fff" or "\uf900" <= character <= "\ufaff" or character >= "\U00020000")
 
-# %% ../../../nbs/api/data/masking/pieces.ipynb #666486e1
+# %% ../../../nbs/api/data/masking/pieces.ipynb #e3dc7ec6
 ENDS = "。！？!?；;…"
 CLOSING = "”’」』）)】》〉]"
 UNUSED = re.compile(r"[\[<]unused_?\d+[\]>]")
@@ -74,7 +74,7 @@ def made_of(data, characters) -> bool:
     text = data.decode(errors="replace").strip()
     return text != "" and all(c in characters for c in text)
 
-# %% ../../../nbs/api/data/masking/pieces.ipynb #185eb14a
+# %% ../../../nbs/api/data/masking/pieces.ipynb #0a574850
 class Vocabulary:
     "The tables that corruption reads."
 
@@ -95,14 +95,14 @@ class Vocabulary:
         self.ends = table(made_of(d, ends) for d in data) & ~self.special
         self.closes = table(made_of(d, CLOSING) for d in data) & ~self.special
         self.ordinary = np.flatnonzero(~self.special & table(not UNUSED.fullmatch(t) for t in tokens))
-        self.texts = Pieces(tokenizer)
+        self.texts, self.known = Pieces(tokenizer), tokenizer.get_vocab()
 
     def marks(self) -> set:
         "Ids that are no text."
         added = {int(i) for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         return added | {int(i) for i in self.tokenizer.all_special_ids}
 
-# %% ../../../nbs/api/data/masking/pieces.ipynb #2df9c7b0
+# %% ../../../nbs/api/data/masking/pieces.ipynb #385bcef3
 NAMES = dict(mask=["mask_token"], first=["cls_token", "bos_token"], last=["sep_token", "eos_token"], end=["eos_token", "sep_token"],
              pad=["pad_token", "eos_token", "unk_token"])
 ADVICE = dict(
@@ -128,16 +128,16 @@ def sentinels(
     pieces,  # A `Vocabulary`
 ) -> np.ndarray:
     "Ids of `<extra_id_0>`, `<extra_id_1>` ..., as far as there are any; a `ValueError` where there is none."
-    known, found = pieces.tokenizer.get_vocab(), []
-    while (token := f"<extra_id_{len(found)}>") in known:
-        found.append(known[token])
+    found = []
+    while (token := f"<extra_id_{len(found)}>") in pieces.known:
+        found.append(pieces.known[token])
     if not found:
         raise ValueError(explain(
             "the tokenizer has no sentinels", type(pieces.tokenizer).__name__, "tokens <extra_id_0>, <extra_id_1> ...",
             'take a T5 tokenizer (Randeng-T5, MegatronT5), or add them: tokenizer.add_special_tokens({"additional_special_tokens": [f"<extra_id_{i}>" for i in range(100)]})'))
     return np.array(found, np.int64)
 
-# %% ../../../nbs/api/data/masking/pieces.ipynb #30abdeb1
+# %% ../../../nbs/api/data/masking/pieces.ipynb #c716cbd0
 def word_starts(
     ids_bl,  # int64: tokens
     pieces,  # A `Vocabulary`
@@ -152,7 +152,7 @@ def word_starts(
         starts_bl[:, 1:] |= marks_bl[:, :-1]
     return starts_bl
 
-# %% ../../../nbs/api/data/masking/pieces.ipynb #ebc5d75b
+# %% ../../../nbs/api/data/masking/pieces.ipynb #42c2459f
 def jieba_cut():
     "jieba's `cut`, quiet; an `ImportError` that names the extra where it is missing."
     with warnings.catch_warnings():
@@ -176,7 +176,7 @@ def chinese_starts(
         starts[1:] = np.isin(places[1:], ends)
     return starts_bl
 
-# %% ../../../nbs/api/data/masking/pieces.ipynb #82d4ddc6
+# %% ../../../nbs/api/data/masking/pieces.ipynb #db54137f
 def sentence_starts(
     ids_bl,  # int64: tokens
     pieces,  # A `Vocabulary`
@@ -190,7 +190,7 @@ def sentence_starts(
     starts_bl[:, :1] = True
     return starts_bl
 
-# %% ../../../nbs/api/data/masking/pieces.ipynb #4652a321
+# %% ../../../nbs/api/data/masking/pieces.ipynb #f91b799a
 def check_ids(
     ids,  # Integers of any shape
     pieces,  # A `Vocabulary`
