@@ -79,7 +79,7 @@ def choice(
 
 # %% ../../nbs/api/utils/core.ipynb #98f13708
 EXTRAS = dict(deepspeed="deepspeed", ipywidgets="widgets", tensorboard="log", modelscope="hub", peft="lora", gigatoken="gigatoken", ray="ray", jieba="jieba",
-              sentencepiece="sentencepiece")
+              sacrebleu="metric", nltk="metric", sentencepiece="sentencepiece")
 
 
 def need(
