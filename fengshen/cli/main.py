@@ -54,6 +54,12 @@ def _preprocess(args):
     run_preprocess(args)
 
 
+def _tokenizer(args):
+    from fengshen.cli.tokenizer import run_tokenizer
+
+    return run_tokenizer(args)
+
+
 def _validate(args):
     from fengshen.cli.fit import make_cli, run_validate, split_args
 
@@ -134,6 +140,7 @@ VERBS = dict(
     doctor=(_doctor, "find what would stop a run, before it starts: fengshen doctor -c demo"),
     data=(_data, "look at samples (show -c demo --find TEXT), print the report, verify or convert a corpus"),
     preprocess=(_preprocess, "make a dataset of raw text: fengshen preprocess FILES --out FOLDER --tokenizer FOLDER"),
+    tokenizer=(_tokenizer, "train, trim, extend, compare: fengshen tokenizer train FILES --out FOLDER --preset erlangshen"),
     validate=(_validate, "loss, perplexity and sampled answers of a model: fengshen validate -c demo --model.path FOLDER"),
     generate=(_generate, "continue prompts: fengshen generate FOLDER --prompt TEXT"),
     chat=(_chat, "talk to a model with the template it was trained with: fengshen chat FOLDER"),
