@@ -47,12 +47,13 @@ def read_config(
     "The configuration of a place, of the class it was recognised as."
     from transformers import CONFIG_MAPPING, AutoConfig
 
-    if family:
-        fields.pop("trust_remote_code", None)
-        return config_class(family).from_pretrained(place, **fields)
-    if seen.kind not in CONFIG_MAPPING and "auto_map" not in seen.values:
+    if not family and seen.kind not in CONFIG_MAPPING and "auto_map" not in seen.values:
         raise ValueError(explain(f"{place} does not name an architecture transformers knows", seen.kind or None, "a key model_type such as 'gpt2' or 'llama'"))
-    return AutoConfig.from_pretrained(place, **(dict(trust_remote_code=False) | fields))
+    trusted = fields.pop("trust_remote_code", False)
+    if Path(place).is_file():
+        kind = config_class(family) if family else CONFIG_MAPPING[seen.kind]
+        return kind.from_dict(dict(seen.values, model_type=kind.model_type), **fields)
+    return config_class(family).from_pretrained(place, **fields) if family else AutoConfig.from_pretrained(place, trust_remote_code=trusted, **fields)
 
 # %% ../../../nbs/api/models/auto/classes.ipynb #f8ed58ee
 class AutoConfig:
@@ -101,14 +102,15 @@ def left_over(
     names,  # Names of the weights in the file
 ) -> set:
     "Names in the file that the model has no place for; looked at under ZeRO-3 only, where transformers does not."
+    from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.integrations import is_deepspeed_zero3_enabled
 
-    if not is_deepspeed_zero3_enabled() or getattr(model, "_weight_conversions", None):
-        return set()
-    own = set(model.state_dict()) | set(model.all_tied_weights_keys)
-    prefix = f"{model.base_model_prefix}."
+    if not is_deepspeed_zero3_enabled() or get_model_conversion_mapping(model, add_legacy=False):
+        return set()  # where names are converted, they cannot be compared
+    own, prefix = set(model.state_dict()), f"{model.base_model_prefix}."
     ignored = [KNOWN, *(model._keys_to_ignore_on_load_unexpected or ())]
-    return {n for n in names if not {n, n.removeprefix(prefix), prefix + n} & own and not any(re.search(p, n) for p in ignored)}
+    new = {n: n.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias") for n in names}
+    return {n for n, name in new.items() if not {name, name.removeprefix(prefix), prefix + name} & own and not any(re.search(p, n) for p in ignored)}
 
 # %% ../../../nbs/api/models/auto/classes.ipynb #bd46e592
 def prepare(
@@ -162,6 +164,16 @@ def _load_stock(auto, place, path, seen, config, strict, args, kwargs):
     return model, info
 
 # %% ../../../nbs/api/models/auto/classes.ipynb #f9816557
+def _load_own(kind, place, path, seen, strict, args, kwargs):
+    "A model of this library, which looks at its weights itself, save for what is left over under ZeRO-3."
+    model, info = kind.from_pretrained(place, *args, strict=strict, output_loading_info=True, **kwargs)
+    left = sorted(n for n in left_over(model, seen.names) if not re.search(kind.heads, n))
+    if strict and left:
+        raise ValueError(explain(f"the weights in {path} are not those of a {kind.__name__}", dict(unexpected=left[:5]), "weights of the architecture, and no other",
+                                 "the folder belongs to another architecture or its config.json to another model; strict=False loads what fits"))
+    return model, info
+
+
 class _Auto:
     "What the Auto classes share."
 
@@ -199,7 +211,7 @@ class _Auto:
             config, kwargs = prepare(config, cls.__name__, kwargs), unused | kept
         if family:
             kwargs.pop("trust_remote_code", None)
-            model, info = model_class(family, cls.__name__).from_pretrained(place, *args, config=config, strict=strict, output_loading_info=True, **kwargs)
+            model, info = _load_own(model_class(family, cls.__name__), place, path, seen, strict, args, dict(kwargs, config=config))
         else:
             model, info = _load_stock(cls.__name__, place, path, seen, config, strict, args, kwargs)
         return (model, info) if output_loading_info else model

@@ -11,6 +11,7 @@ __all__ = ['WEIGHTS', 'PRE_NORM', 'POSITIONS', 'TURNED', 'GLOBAL', 'OURS', 'ORIG
 import json
 import re
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import NamedTuple
 
 from .registry import FAMILIES
@@ -35,11 +36,13 @@ def _torch_names(path):
     "The names in a file of torch.save; its tensors stay on the disk."
     import torch
 
-    try:
-        found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, ValueError):  # written before torch 1.6, such a file cannot be mapped
-        found = torch.load(path, map_location="meta", weights_only=True)
-    return {name for name, value in found.items() if isinstance(value, torch.Tensor)}
+    for way in (dict(map_location="cpu", mmap=True), dict(map_location="meta")):  # a file from before torch 1.6 cannot be mapped
+        try:
+            found = torch.load(path, weights_only=True, **way)
+            return {name for name, value in found.items() if isinstance(value, torch.Tensor)}
+        except (RuntimeError, ValueError, EOFError, UnpicklingError) as e:
+            wrong = str(e).split("\n")[0]
+    raise ValueError(explain(f"{path} cannot be read", wrong, "tensors by name, and nothing else", "it was cut off, or holds other things; copy or download it again"))
 
 
 def weight_names(
