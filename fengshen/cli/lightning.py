@@ -16,10 +16,12 @@ import tokenize
 from pathlib import Path
 
 import yaml
+from jsonargparse import set_parsing_settings
 from pytorch_lightning.accelerators import AcceleratorRegistry
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 
+from ..data.masking.objectives import Objective
 from ..training.launch import check_launch
 from ..training.trainer import make_loggers, strategy_for, trainer_defaults
 from ..utils.device import default_precision
@@ -138,6 +140,7 @@ class FengshenCLI(LightningCLI):
     ):
         self.classes = dict(model=classes["module"], data=classes["datamodule"])
         self.name, self.make_callbacks = name, callbacks or (lambda config: [])
+        set_parsing_settings(subclasses_enabled=[Objective])  # a recipe names one of its kin
         super().__init__(
             classes["module"], classes["datamodule"], trainer_class=Trainer, trainer_defaults=trainer_defaults(), seed_everything_default=42,
             save_config_callback=None, parser_class=QuietParser, parser_kwargs=dict(prog=prog, allow_abbrev=False, description="A recipe's keys, as flags."),

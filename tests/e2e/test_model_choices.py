@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from fengshen.losses import cross_entropy
 from fengshen.training.checkpoint import checkpoints
 from fengshen.training.export import build
-from fengshen.training.module import head_is_plain
+from fengshen.training.module import find_head
 from fengshen.training.weights import read_weights
 from fengshen.utils.resources import resource
 from tests.training_runs import apart, fit, fit_here, here, read, series, weights
@@ -72,7 +72,7 @@ def test_a_cap_is_seen_even_when_the_logits_are_small():
     with torch.no_grad():
         ids = torch.arange(4)[None]
         assert model(ids).logits.abs().max() < 1
-        assert not head_is_plain(model)
+        assert not find_head(model)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
@@ -80,7 +80,7 @@ def test_a_plain_head_is_told_from_a_changed_one(name):
     torch.manual_seed(0)
     plain = AutoModelForCausalLM.from_config(AutoConfig.for_model(**(SMALL | dict(model_type="llama") if name == "llama" else dict(
         model_type="gpt2", vocab_size=64, n_positions=32, n_embd=32, n_layer=1, n_head=2))))
-    assert head_is_plain(plain) and plain.training
+    assert find_head(plain) and plain.training
     before = copy.deepcopy(plain.state_dict())
     assert all(torch.equal(before[k], v) for k, v in plain.state_dict().items())
 

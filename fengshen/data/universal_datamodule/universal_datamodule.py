@@ -9,11 +9,15 @@ __all__ = ['BEGINNING', 'UniversalDataModule', 'pad_id']
 from functools import partial
 
 import numpy as np
+import torch
 
+from ..cbart_dataloader.objective import Infill  # noqa: F401  a recipe may name it in short
+from ..masking.objectives import Objective
 from ..megatron_dataloader.splits import parse_split
 from ..task_dataloader.datamodule import ConversationDataModule, needed
 from .corpora import Corpora, named_corpora
-from ...utils.core import explain, patch, say
+from .corrupted import Corrupted, Pairs
+from ...utils.core import choice, explain, patch, say
 
 # %% ../../../nbs/api/data/universal_datamodule/universal_datamodule.ipynb #a6c7a2f1
 class UniversalDataModule(ConversationDataModule):
@@ -26,11 +30,12 @@ class UniversalDataModule(ConversationDataModule):
         test: str | list[str] | dict[str, float] | None = None,  # The same for `Trainer.test`
         corpus: str = "windows",  # How a tokenised corpus is cut: windows; megatron (its order, from .bin and .idx); packed (whole documents, no attention between them)
         split: str | None = None,  # Shares of a tokenised corpus for train, valid and test, such as 969,30,1
+        objective: Objective | None = None,  # What is learned from texts: Bert, T5, Bart, Pegasus, UniLM, Infill, Pairs; None: the next token
         **settings,  # Those of `ConversationDataModule`
     ):
         super().__init__(train, valid, **settings)
-        self.test, self.corpus, self.split = test, corpus, split
-        self.limits["test"] = None
+        self.test, self.corpus, self.split, self.objective = test, corpus, split, objective
+        self.limits["test"], self.bound = None, False
 
 # %% ../../../nbs/api/data/universal_datamodule/universal_datamodule.ipynb #8453ce20
 UniversalDataModule.splits = ("train", "valid", "test")
@@ -39,6 +44,8 @@ UniversalDataModule.splits = ("train", "valid", "test")
 @patch
 def setup(self: UniversalDataModule, stage=None):
     "Open the corpora that this stage needs; whatever else is named is read as conversations."
+    if self.objective is not None:
+        self.bind()
     for split in self.splits:
         paths, weights = named_corpora(getattr(self, split))
         if paths is not None and split not in self.sets and needed(split, stage):
@@ -48,12 +55,43 @@ def setup(self: UniversalDataModule, stage=None):
 
 
 @patch
+def bind(self: UniversalDataModule):
+    "Give the objective its tokenizer, once."
+    if self.bound:
+        return
+    if self.corpus == "packed":
+        raise ValueError(explain("an objective makes rows of its own", "data.corpus: packed", "windows or megatron", "leave data.corpus out"))
+    if self.find_tokenizer() is None:
+        raise ValueError(explain("an objective needs a tokenizer", None, "a folder or hub id", "set data.tokenizer to the one the corpus was written with"))
+    self.choose_length(self.from_model("context"))
+    self.objective, self.packing, self.bound = self.objective.bind(self.tokenizer), False, True
+    self.settings |= dict(loss_on="last") if isinstance(self.objective, Pairs) else {}
+    say(f"objective: {self.objective!r}, for a model of the kind {self.objective.model}")
+
+
+@patch
+def dataset(self: UniversalDataModule, source, **settings):
+    "Conversations of a length that leaves room for what an objective puts around them."
+    room = {} if self.objective is None else dict(max_length=self.objective.source_length(self.max_length))
+    return ConversationDataModule.dataset(self, source, **room | settings)
+
+
+def _one_shape(self) -> bool:
+    corpora = bool(self.sets) and all(isinstance(found, Corpora) for found in self.sets.values())
+    return corpora or self.packing
+
+
+UniversalDataModule.one_shape = property(_one_shape, doc="Whether all batches have one shape, so that compiled code pays.")
+
+
+@patch
 def open_corpora(self: UniversalDataModule, split, paths, weights, share):
     "Open tokenised corpora as one split, and say what is there."
     tokenizer = self.find_tokenizer()
     self.choose_length(self.from_model("context"))
+    length = self.row_length if self.objective is None else self.objective.source_length(self.row_length)
     self.sets[split] = found = Corpora(
-        paths, self.row_length, weights, self.corpus, self.seed, self.samples_needed() if split == "train" else None, self.settings["on_long"],
+        paths, length, weights, self.corpus, self.seed, self.samples_needed() if split == "train" else None, self.settings["on_long"],
         pad_id(tokenizer), share, self.limits[split], tokenizer)
     say(f"{split}: {found}")
 
@@ -97,13 +135,16 @@ def pad_id(tokenizer) -> int:
 def samples(self: UniversalDataModule, split):
     "What a loader draws from: corpora, packed rows, or samples."
     found = self.sets.get(split)
-    return found if isinstance(found, Corpora) else ConversationDataModule.samples(self, split)
+    found = found if isinstance(found, Corpora) else ConversationDataModule.samples(self, split)
+    return found if self.objective is None else Corrupted(found, self.objective, self.max_length, self.seed, self.tokenizer)
 
 
 @patch
 def collater(self: UniversalDataModule, split, rows):
     "The function that makes a batch of `rows` rows of a split."
     found = self.sets.get(split)
+    if self.objective is not None:
+        return partial(self.samples(split).batch, rows=rows)
     if isinstance(found, Corpora):
         return partial(found.batch, rows=rows, tokenizer=self.tokenizer)
     return ConversationDataModule.collater(self, split, rows)
@@ -132,6 +173,8 @@ def prompts(
 ) -> list:
     "[(question, prompt, reference answer)]; of corpora the beginnings of the first rows, and how they go on."
     found = self.sets.get("valid", self.sets.get("train"))
+    if self.objective is not None and self.objective.model != "causal":
+        return self.tasks(n)
     if not isinstance(found, Corpora):
         return ConversationDataModule.prompts(self, n)
     if self.tokenizer is None:
@@ -142,7 +185,27 @@ def prompts(
     return [(start, start, rest) for start, rest in told]
 
 
+@patch
+def tasks(
+    self: UniversalDataModule,
+    n,  # How many
+) -> list:
+    "[(what the model reads, the same as a `Batch` of one row, the right answer)] of an objective's first samples."
+    rows, found = self.samples("valid" if "valid" in self.sets else "train"), []
+    for number in range(min(n, len(rows))):
+        batch = rows.batch(rows.at([number], 0), 1)
+        ids, answer = batch["input_ids"][0, : int(batch["attention_mask"].sum())], batch["labels"][0, 1:]
+        if "decoder_input_ids" in batch:
+            right = answer[answer != -100]
+        else:
+            right = torch.where(answer[: len(ids)] == -100, ids, answer[: len(ids)])
+        found.append((self.tokenizer.decode(ids), batch, self.tokenizer.decode(right, skip_special_tokens=True)))
+    return found
+
+
 def _stops(self):
+    if self.objective is not None:
+        return None
     if self.sets and all(isinstance(found, Corpora) for found in self.sets.values()):
         return None if self.tokenizer is None else [self.tokenizer.eos_token_id]
     return ConversationDataModule.stops.fget(self)
