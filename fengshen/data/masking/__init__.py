@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['PLACES', 'bert_corrupt', 't5_corrupt', 't5_restore', 'Vocabulary', 'Draws', 'Objective', 'Causal', 'Bert', 'T5',
-           'bart_corrupt', 'pegasus_corrupt', 'unilm_corrupt', 'prefix_mask', 'Bart', 'Pegasus', 'UniLM']
+           'bart_corrupt', 'pegasus_corrupt', 'unilm_corrupt', 'prefix_mask', 'Bart', 'Pegasus', 'UniLM',
+           'CorruptedCorpus', 'CorruptingCollator']
 
-# %% ../../../nbs/api/data/masking/index.ipynb #9dc10b1b
+# %% ../../../nbs/api/data/masking/index.ipynb #686e60e1
 import importlib
 
-# %% ../../../nbs/api/data/masking/index.ipynb #3768f550
+# %% ../../../nbs/api/data/masking/index.ipynb #ee8329db
 _all_ = ["bert_corrupt", "t5_corrupt", "t5_restore", "Vocabulary", "Draws", "Objective", "Causal", "Bert", "T5",
-         "bart_corrupt", "pegasus_corrupt", "unilm_corrupt", "prefix_mask", "Bart", "Pegasus", "UniLM"]
+         "bart_corrupt", "pegasus_corrupt", "unilm_corrupt", "prefix_mask", "Bart", "Pegasus", "UniLM",
+         "CorruptedCorpus", "CorruptingCollator"]
 PLACES = dict(bert_corrupt="bert", t5_corrupt="t5", t5_restore="t5", Vocabulary="pieces", Draws="draws", Objective="objectives", Causal="objectives", Bert="objectives",
-              T5="objectives", bart_corrupt="bart", pegasus_corrupt="pegasus", unilm_corrupt="unilm", prefix_mask="unilm", Bart="objectives", Pegasus="objectives", UniLM="objectives")
+              T5="objectives", bart_corrupt="bart", pegasus_corrupt="pegasus", unilm_corrupt="unilm", prefix_mask="unilm", Bart="objectives", Pegasus="objectives", UniLM="objectives", CorruptedCorpus="sources", CorruptingCollator="sources")
 
 
 def __getattr__(name):

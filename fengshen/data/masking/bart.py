@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['permuted', 'infilled', 'inserted', 'check_shares', 'bart_sides', 'bart_corrupt']
 
-# %% ../../../nbs/api/data/masking/bart.ipynb #e8d076ab
+# %% ../../../nbs/api/data/masking/bart.ipynb #85eca600
 import numpy as np
 
 from .draws import Draws, share, shuffled, uniform
 from .pieces import mark, sentence_starts, word_starts
-from .rows import as_given, as_rows, framed, moved_up
+from .rows import as_given, as_rows, framed, interleaved, moved_up
 from .spans import check_rate, chosen_spans, group_starts, poisson_law
 from ...utils.core import explain
 
-# %% ../../../nbs/api/data/masking/bart.ipynb #10a64f79
+# %% ../../../nbs/api/data/masking/bart.ipynb #fae48fc7
 def permuted(
     ids_bl,  # int64: texts
     real_bl,  # bool: where there is text
@@ -31,7 +31,7 @@ def permuted(
     key_bl = np.where(real_bl, np.take_along_axis(places_bs, number_bl, 1), most)
     return np.take_along_axis(ids_bl, np.argsort(key_bl, axis=1, kind="stable"), 1)
 
-# %% ../../../nbs/api/data/masking/bart.ipynb #ee7af81b
+# %% ../../../nbs/api/data/masking/bart.ipynb #e1bdfdad
 def infilled(
     ids_bl,  # int64: texts
     real_bl,  # bool: where there is text
@@ -55,9 +55,8 @@ def infilled(
     rows, places = np.nonzero(first_bl & (uniform(draws.bits("action", width)) < random))
     given_bl[rows, places] = pieces.ordinary[(uniform(draws.bits_at("other", rows, places)) * len(pieces.ordinary)).astype(np.int64)]
     extra_bl = inserted(starts_bl & allowed_bl, (chosen_bl & ~first_bl).sum(1), rate * none / (1 - none), draws)
-    both = np.stack([np.full(ids_bl.shape, mask), given_bl], 2).reshape(len(ids_bl), -1)
-    keep = np.stack([extra_bl, real_bl & (~chosen_bl | first_bl)], 2).reshape(len(ids_bl), -1)
-    return moved_up(both, keep, width, mark(pieces, "pad"))
+    keep = interleaved(extra_bl, real_bl & (~chosen_bl | first_bl))
+    return moved_up(interleaved(np.full(ids_bl.shape, mask), given_bl), keep, width, mark(pieces, "pad"))
 
 
 def inserted(
@@ -70,7 +69,7 @@ def inserted(
     extra_bl = share(draws.bits("inserted", starts_bl.shape[1]), starts_bl, rate, draws.bits("gaps", 1)[:, 0])
     return extra_bl & (np.cumsum(extra_bl, 1) <= room_b[:, None])
 
-# %% ../../../nbs/api/data/masking/bart.ipynb #6107e9e5
+# %% ../../../nbs/api/data/masking/bart.ipynb #4c3214fa
 def check_shares(
     rate,  # Share of the tokens that is masked
     permute,  # Share of the sentences that change places

@@ -6,18 +6,18 @@
 __all__ = ['noise', 'sizes', 'source_length', 'divided', 'noise_spans', 't5_sides', 'ended', 'check_spans', 't5_corrupt',
            't5_restore']
 
-# %% ../../../nbs/api/data/masking/t5.ipynb #aba75a3e
+# %% ../../../nbs/api/data/masking/t5.ipynb #30b69cd8
 from functools import lru_cache
 
 import numpy as np
 
 from .draws import Draws, smallest
 from .pieces import mark, sentinels
-from .rows import as_given, as_rows, moved_up
+from .rows import as_given, as_rows, interleaved, moved_up
 from .spans import check_rate
 from ...utils.core import explain
 
-# %% ../../../nbs/api/data/masking/t5.ipynb #49eb0e4c
+# %% ../../../nbs/api/data/masking/t5.ipynb #5b0dcb87
 def noise(
     lengths,  # Tokens of texts, an integer or an array
     rate,  # Share of them that is hidden
@@ -56,7 +56,7 @@ def source_length(
         raise ValueError(explain("no text gives an input of exactly this length", length, "another length", f"try {length - 1} or {length + 1}"))
     return int(found[-1])
 
-# %% ../../../nbs/api/data/masking/t5.ipynb #f120d099
+# %% ../../../nbs/api/data/masking/t5.ipynb #b439e594
 def divided(
     totals_b,  # Tokens to divide in each row
     parts_b,  # Into so many stretches, none of them empty
@@ -84,14 +84,14 @@ def noise_spans(
     hidden_b, spans_b = noise(lengths_b, rate, mean_span)
     seen = divided(lengths_b - hidden_b, spans_b, draws.bits("gaps", width))
     hidden = divided(hidden_b, spans_b, draws.bits("places", width))
-    ends = np.cumsum(np.stack([seen, hidden], 2).reshape(len(seen), -1), 1)
+    ends = np.cumsum(interleaved(seen, hidden), 1)
     marks = np.zeros((len(seen), width + 1), np.int64)
     np.add.at(marks, (np.repeat(np.arange(len(seen)), ends.shape[1]), np.minimum(ends, width).ravel()), 1)
     stretch_bl = np.cumsum(marks, 1)[:, :width]
     inside_bl = np.arange(width) < lengths_b[:, None]
     return (stretch_bl % 2 == 1) & inside_bl, stretch_bl // 2
 
-# %% ../../../nbs/api/data/masking/t5.ipynb #44f99fad
+# %% ../../../nbs/api/data/masking/t5.ipynb #88044473
 def t5_sides(
     ids_bl,  # int64: texts
     lengths_b,  # Their lengths
@@ -110,8 +110,7 @@ def t5_sides(
     mark_bl = marks[np.minimum(number_bl, len(marks) - 1)]
     seen_bl = (np.arange(width) < lengths_b[:, None]) & ~hidden_bl
     given, given_b = moved_up(np.where(hidden_bl, mark_bl, ids_bl), seen_bl | first_bl, widths[0], pad)
-    both = np.stack([mark_bl, ids_bl], 2).reshape(len(ids_bl), -1)
-    target, target_b = moved_up(both, np.stack([first_bl, hidden_bl], 2).reshape(len(ids_bl), -1), widths[1], pad)
+    target, target_b = moved_up(interleaved(mark_bl, ids_bl), interleaved(first_bl, hidden_bl), widths[1], pad)
     return ended(given, given_b, end), given_b + 1, ended(target, target_b, end), target_b + 1
 
 
@@ -130,7 +129,7 @@ def check_spans(
         raise ValueError(explain("a row has more spans than the tokenizer has sentinels", spans, f"at most {have}",
                                  "take a larger mean_span, a smaller rate or shorter rows, or add sentinels to the tokenizer"))
 
-# %% ../../../nbs/api/data/masking/t5.ipynb #fa03e8be
+# %% ../../../nbs/api/data/masking/t5.ipynb #44fbf9fc
 def t5_corrupt(
     ids,  # Tokens of a text; a list of texts; or int64 [b, l]
     seed,  # Integer of the run
@@ -148,7 +147,7 @@ def t5_corrupt(
     given, given_b, target, target_b = t5_sides(rows.ids_bl, lengths_b, widths, Draws(seed, epoch, index), pieces, rate, mean_span)
     return as_given(rows, input_ids=(given, given_b), labels=(target, target_b))
 
-# %% ../../../nbs/api/data/masking/t5.ipynb #d3bb91bd
+# %% ../../../nbs/api/data/masking/t5.ipynb #787ef4d4
 def t5_restore(
     input_ids,  # 1-D, as `t5_corrupt` gives them
     labels,  # 1-D
