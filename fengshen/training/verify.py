@@ -107,9 +107,10 @@ def class_of(
     if not config["model_type"].startswith("fengshen-"):
         return getattr(transformers, name if not name.endswith(("ForCausalLM", "LMHeadModel")) else "AutoModelForCausalLM")
     sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))  # where this library lies, for a process that was started with this file
-    from fengshen.training.architecture import classes_of, make_config
+    import fengshen.models  # noqa: F401, transformers knows the types of this library from here on
 
-    return classes_of(make_config(config, ()))[name]
+    package = type(transformers.AutoConfig.from_pretrained(folder)).__module__.rpartition(".")[0]
+    return getattr(sys.modules[package], name)
 
 
 def load(

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from .recognise import Found, look, recognise
 from .registry import FAMILIES, config_class, model_class
-from ...tokenizer import load_tokenizer
+from ...tokenizer.load import tokenizer_class
 from ...utils.core import choice, explain
 from ...utils.resources import fetch, resource
 
@@ -271,6 +271,7 @@ PIECES = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<
 
 def read_pieces(
     place,  # A local folder with spiece.model and tokenizer.json
+    **kwargs,  # What PreTrainedTokenizerFast takes
 ):
     "Randeng-BART's tokenizer; `<s>` in front of a text is the caller's to write, as its card has it."
     from transformers import PreTrainedTokenizerFast
@@ -279,7 +280,7 @@ def read_pieces(
     if not file.exists():
         raise ValueError(explain("a BART with SentencePiece pieces is read from its tokenizer.json, which is not there", str(place), "tokenizer.json beside spiece.model",
                                  "fetch the whole repository; or save the tokenizer once with transformers 4, which writes that file"))
-    return PreTrainedTokenizerFast(tokenizer_file=str(file), **PIECES)
+    return PreTrainedTokenizerFast(tokenizer_file=str(file), **PIECES | kwargs)
 
 
 def tokenizer_kind(
@@ -315,9 +316,10 @@ class AutoTokenizer:
         family = recognise(seen, str(path)).family if seen else None
         kind = tokenizer_kind(place, seen, family)
         if not kind:
-            return load_tokenizer(place, **kwargs)
+            name = tokenizer_class(place)
+            return getattr(transformers, name).from_pretrained(place, **(dict(trust_remote_code=False) if name == "AutoTokenizer" else {}) | kwargs)
         choice("tokenizer", kind, f"{path} holds a {FAMILIES[family].model_type if family else 'BART with pieces'}")
         if kind == "pieces":
-            return read_pieces(place)
+            return read_pieces(place, **kwargs)
         reader = import_module(FAMILIES[family].package).T5Tokenizer if kind == "T5Tokenizer" else transformers.BertTokenizer
         return reader.from_pretrained(place, **kwargs)
