@@ -15,13 +15,14 @@ from ..core import explain
 def blocks(
     model,  # A Hugging Face model, or any module that holds its blocks in a ModuleList
 ) -> nn.ModuleList:
-    "The model's transformer blocks: its longest ModuleList whose members share a class; a ValueError when there is none."
-    base = getattr(model, "base_model", model)
-    lists = [m for m in base.modules() if isinstance(m, nn.ModuleList) and len({type(block) for block in m}) == 1]
-    if not lists:
+    "The model's transformer blocks: its longest ModuleList whose members share a class, of encoder and decoder each; a ValueError when there is none."
+    two = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    sides = [model.get_encoder(), model.get_decoder()] if two else [getattr(model, "base_model", model)]
+    lists = [[m for m in side.modules() if isinstance(m, nn.ModuleList) and len({type(block) for block in m}) == 1] for side in sides]
+    if not all(lists):
         raise ValueError(explain("no transformer blocks found to compile", type(model).__name__,
                                  "a module that keeps blocks of one class in an nn.ModuleList", "turn compilation off for this model"))
-    return max(lists, key=len)
+    return nn.ModuleList(block for found in lists for block in max(found, key=len))
 
 # %% ../../../nbs/api/utils/kernels/compile.ipynb #6512bd43
 def compile_blocks(
