@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+from ...utils.kernels.rotation import Turn, can_turn
+
 # %% ../../../nbs/api/models/transformer_utils/rotary.ipynb #92a43bc0
 class RotaryTable(NamedTuple):
     "Cosines and signed sines for every number of a head, [batch, 1, length, width] each, and which numbers form a pair."
@@ -40,6 +42,8 @@ def rotate(
     table,  # What `rotary_table` gave for their positions
 ):
     "Turn each pair of each head by its position's angle; shape and dtype stay."
+    if can_turn(x_bhlk):
+        return Turn.apply(x_bhlk, table.cos, table.sin, table.halves)
     cos, sin = table.cos.to(x_bhlk.dtype), table.sin.to(x_bhlk.dtype)
     partners_bhlk = x_bhlk.roll(x_bhlk.shape[-1] // 2, -1) if table.halves else x_bhlk.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     return torch.addcmul(x_bhlk * cos, partners_bhlk, sin)
