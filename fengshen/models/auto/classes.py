@@ -50,7 +50,7 @@ def read_config(
     if not family and seen.kind not in CONFIG_MAPPING and "auto_map" not in seen.values:
         raise ValueError(explain(f"{place} does not name an architecture transformers knows", seen.kind or None, "a key model_type such as 'gpt2' or 'llama'"))
     trusted = fields.pop("trust_remote_code", False)
-    if Path(place).is_file():
+    if Path(place).is_file() or family and seen.values.get("fengshen_model_type"):  # what is declared counts more than the model type
         kind = config_class(family) if family else CONFIG_MAPPING[seen.kind]
         return kind.from_dict(dict(seen.values, model_type=kind.model_type), **fields)
     return config_class(family).from_pretrained(place, **fields) if family else AutoConfig.from_pretrained(place, trust_remote_code=trusted, **fields)

@@ -132,7 +132,7 @@ OURS = dict(roformer=_roformer, longformer=_longformer, megatron_t5=_megatron_t5
 
 # %% ../../../nbs/api/models/auto/recognise.ipynb #e631371e
 ORIGINAL = "run it with the original's code (Fengshenbang-LM, with transformers 4), or take a model of another architecture"
-PLAIN = "its encoder alone is a plain BERT: AutoModel with strict=False loads that, and leaves out the rest"
+PLAIN = "its encoder alone is a plain BERT, which transformers.BertModel loads without the rest"
 TEXTS = "the text tower alone is a plain BERT, and the picture tower a CLIP of transformers; load them by themselves"
 
 

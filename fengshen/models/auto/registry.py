@@ -88,6 +88,8 @@ class Later:
         self.family = family
 
     def __getattr__(self, name):
+        if name == "family" or name.startswith("__") and name != "__name__":  # what copying and pickling ask for
+            raise AttributeError(name)
         return getattr(enroll(self.family), name)
 
     def __call__(self, *args, **kwargs):
