@@ -227,3 +227,20 @@ def test_draws_of_neighbours_are_not_alike():
     missing = [np.array([len(r) for r in rows]) for rows in made]
     assert all(abs(np.corrcoef(a, b)[0, 1]) < 0.25 for a, b in itertools.combinations(missing, 2))
     assert all(abs(np.corrcoef(a[1:], a[:-1])[0, 1]) < 0.25 for a in missing)
+
+
+@pytest.mark.parametrize("max_insert", [1, 3])
+def test_keywords_are_in_what_an_untrained_model_writes(max_insert):
+    from fengshen.models.bart import BartForTextInfill, BartTextInfillConfig
+    from fengshen.pipelines.infill import covered, evaluate
+    from fengshen.utils.device import seeded
+
+    sentences = ["床前明月光，疑是地上霜。", "举头望明月，低头思故乡。", "霜", "，。", "月月月月"]
+    tokenizer = tokenizer_of(dict.fromkeys("".join(sentences)))
+    sizes = dict(d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32)
+    with seeded(0):
+        model = BartForTextInfill(BartTextInfillConfig(**sizes, vocab_size=len(tokenizer), max_position_embeddings=24, num_labels=max_insert + 2, init_std=1.0)).eval()
+    reports = [evaluate(model, tokenizer, sentences, keywords=n, batch=2, rounds=4, seed=n) for n in (1, 2, 9)]
+    assert all(report.coverage == 1 and 0 <= report.bleu <= 100 and 0 <= report.chrf <= 100 for report in reports)
+    assert [len(words) for words, _, _ in reports[2].rows] == [9, 9, 1, 0, 4] and reports[0].rounds > 0
+    assert covered([1, 2], [[1, 2], [2]]) == 1 and covered([2, 1, 2], [[1], [2]]) == 2
