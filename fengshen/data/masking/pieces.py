@@ -7,7 +7,7 @@ __all__ = ['ENDS', 'CLOSING', 'UNUSED', 'NAMES', 'ADVICE', 'surface', 'kind_of',
            'made_of', 'Vocabulary', 'mark', 'sentinels', 'word_starts', 'jieba_cut', 'chinese_starts',
            'sentence_starts', 'check_ids']
 
-# %% ../../../nbs/api/data/masking/pieces.ipynb #d29aca80
+# %% ../../../nbs/api/data/masking/pieces.ipynb #a64815bd
 import re
 import unicodedata
 import warnings
@@ -17,7 +17,7 @@ import numpy as np
 from ...tokenizer.pieces import BYTE, Pieces, byte_alphabet
 from ...utils.core import explain, need
 
-# %% ../../../nbs/api/data/masking/pieces.ipynb #45644cca
+# %% ../../../nbs/api/data/masking/pieces.ipynb #8ab591d1
 def surface(
     token,  # A token as the vocabulary spells it
     kind,  # "wordpiece", "bytes" or "metaspace"
@@ -46,7 +46,7 @@ def spaced(
     "Whether words of its script are set apart by blanks: letters and digits, but no Chinese and no kana."
     return character.isalnum() and not ("\u2e80" <= character <= "\u9fff" or "\uf900" <= character <= "\ufaff" or character >= "\U00020000")
 
-# %% ../../../nbs/api/data/masking/pieces.ipynb #e3dc7ec6
+# %% ../../../nbs/api/data/masking/pieces.ipynb #8dd568bd
 ENDS = "。！？!?；;…"
 CLOSING = "”’」』）)】》〉]"
 UNUSED = re.compile(r"[\[<]unused_?\d+[\]>]")
@@ -74,7 +74,7 @@ def made_of(data, characters) -> bool:
     text = data.decode(errors="replace").strip()
     return text != "" and all(c in characters for c in text)
 
-# %% ../../../nbs/api/data/masking/pieces.ipynb #0a574850
+# %% ../../../nbs/api/data/masking/pieces.ipynb #0716dc7c
 class Vocabulary:
     "The tables that corruption reads."
 
@@ -83,7 +83,8 @@ class Vocabulary:
         tokenizer,  # A Hugging Face tokenizer
         ends=ENDS,  # Characters that end a sentence
     ):
-        self.tokenizer, self.kind, self.size = tokenizer, kind_of(tokenizer), len(tokenizer)
+        self.tokenizer, self.kind, self.known = tokenizer, kind_of(tokenizer), tokenizer.get_vocab()
+        self.size = max(len(tokenizer), max(self.known.values()) + 1)
         tokens = [token or "" for token in tokenizer.convert_ids_to_tokens(list(range(self.size)))]
         alphabet = byte_alphabet() if self.kind == "bytes" else {}
         data = [surface(token, self.kind, alphabet) for token in tokens]
@@ -94,15 +95,15 @@ class Vocabulary:
         self.takes = table(may_go_on(d, self.kind) for d in data) & ~self.special
         self.ends = table(made_of(d, ends) for d in data) & ~self.special
         self.closes = table(made_of(d, CLOSING) for d in data) & ~self.special
-        self.ordinary = np.flatnonzero(~self.special & table(not UNUSED.fullmatch(t) for t in tokens))
-        self.texts, self.known = Pieces(tokenizer), tokenizer.get_vocab()
+        self.ordinary = np.flatnonzero(~self.special & table(t != "" and not UNUSED.fullmatch(t) for t in tokens))
+        self.texts = Pieces(tokenizer)
 
     def marks(self) -> set:
         "Ids that are no text."
         added = {int(i) for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         return added | {int(i) for i in self.tokenizer.all_special_ids}
 
-# %% ../../../nbs/api/data/masking/pieces.ipynb #385bcef3
+# %% ../../../nbs/api/data/masking/pieces.ipynb #48d65921
 NAMES = dict(mask=["mask_token"], first=["cls_token", "bos_token"], last=["sep_token", "eos_token"], end=["eos_token", "sep_token"],
              pad=["pad_token", "eos_token", "unk_token"])
 ADVICE = dict(
@@ -137,7 +138,7 @@ def sentinels(
             'take a T5 tokenizer (Randeng-T5, MegatronT5), or add them: tokenizer.add_special_tokens({"additional_special_tokens": [f"<extra_id_{i}>" for i in range(100)]})'))
     return np.array(found, np.int64)
 
-# %% ../../../nbs/api/data/masking/pieces.ipynb #c716cbd0
+# %% ../../../nbs/api/data/masking/pieces.ipynb #ba81a34b
 def word_starts(
     ids_bl,  # int64: tokens
     pieces,  # A `Vocabulary`
@@ -152,7 +153,7 @@ def word_starts(
         starts_bl[:, 1:] |= marks_bl[:, :-1]
     return starts_bl
 
-# %% ../../../nbs/api/data/masking/pieces.ipynb #42c2459f
+# %% ../../../nbs/api/data/masking/pieces.ipynb #815d73bb
 def jieba_cut():
     "jieba's `cut`, quiet; an `ImportError` that names the extra where it is missing."
     with warnings.catch_warnings():
@@ -176,7 +177,7 @@ def chinese_starts(
         starts[1:] = np.isin(places[1:], ends)
     return starts_bl
 
-# %% ../../../nbs/api/data/masking/pieces.ipynb #db54137f
+# %% ../../../nbs/api/data/masking/pieces.ipynb #e900a78c
 def sentence_starts(
     ids_bl,  # int64: tokens
     pieces,  # A `Vocabulary`
@@ -190,7 +191,7 @@ def sentence_starts(
     starts_bl[:, :1] = True
     return starts_bl
 
-# %% ../../../nbs/api/data/masking/pieces.ipynb #f91b799a
+# %% ../../../nbs/api/data/masking/pieces.ipynb #16d64041
 def check_ids(
     ids,  # Integers of any shape
     pieces,  # A `Vocabulary`

@@ -6,7 +6,7 @@
 __all__ = ['noise', 'sizes', 'source_length', 'divided', 'noise_spans', 't5_sides', 'ended', 'check_spans', 't5_corrupt',
            't5_restore']
 
-# %% ../../../nbs/api/data/masking/t5.ipynb #30b69cd8
+# %% ../../../nbs/api/data/masking/t5.ipynb #cf062819
 from functools import lru_cache
 
 import numpy as np
@@ -17,7 +17,7 @@ from .rows import as_given, as_rows, interleaved, moved_up
 from .spans import check_rate
 from ...utils.core import explain
 
-# %% ../../../nbs/api/data/masking/t5.ipynb #5b0dcb87
+# %% ../../../nbs/api/data/masking/t5.ipynb #882207ec
 def noise(
     lengths,  # Tokens of texts, an integer or an array
     rate,  # Share of them that is hidden
@@ -53,10 +53,10 @@ def source_length(
     tried = np.arange(1, int((length + 4) / max(1 - rate, 0.01)) + 8)
     found = tried[sizes(tried, rate, mean_span)[0] == length]
     if not len(found):
-        raise ValueError(explain("no text gives an input of exactly this length", length, "another length", f"try {length - 1} or {length + 1}"))
+        raise ValueError(explain("no text gives an input of exactly this length", (length, rate, mean_span), "a rate at which some tokens are left between the spans", "take a smaller rate"))
     return int(found[-1])
 
-# %% ../../../nbs/api/data/masking/t5.ipynb #b439e594
+# %% ../../../nbs/api/data/masking/t5.ipynb #b905a12d
 def divided(
     totals_b,  # Tokens to divide in each row
     parts_b,  # Into so many stretches, none of them empty
@@ -91,7 +91,7 @@ def noise_spans(
     inside_bl = np.arange(width) < lengths_b[:, None]
     return (stretch_bl % 2 == 1) & inside_bl, stretch_bl // 2
 
-# %% ../../../nbs/api/data/masking/t5.ipynb #88044473
+# %% ../../../nbs/api/data/masking/t5.ipynb #f850f728
 def t5_sides(
     ids_bl,  # int64: texts
     lengths_b,  # Their lengths
@@ -129,7 +129,7 @@ def check_spans(
         raise ValueError(explain("a row has more spans than the tokenizer has sentinels", spans, f"at most {have}",
                                  "take a larger mean_span, a smaller rate or shorter rows, or add sentinels to the tokenizer"))
 
-# %% ../../../nbs/api/data/masking/t5.ipynb #44fbf9fc
+# %% ../../../nbs/api/data/masking/t5.ipynb #02818588
 def t5_corrupt(
     ids,  # Tokens of a text; a list of texts; or int64 [b, l]
     seed,  # Integer of the run
@@ -147,7 +147,7 @@ def t5_corrupt(
     given, given_b, target, target_b = t5_sides(rows.ids_bl, lengths_b, widths, Draws(seed, epoch, index), pieces, rate, mean_span)
     return as_given(rows, input_ids=(given, given_b), labels=(target, target_b))
 
-# %% ../../../nbs/api/data/masking/t5.ipynb #787ef4d4
+# %% ../../../nbs/api/data/masking/t5.ipynb #0c0a06ab
 def t5_restore(
     input_ids,  # 1-D, as `t5_corrupt` gives them
     labels,  # 1-D
