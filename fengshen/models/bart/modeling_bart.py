@@ -18,7 +18,7 @@ from transformers.models.bart.modeling_bart import BartClassificationHead
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_bart import BartTextInfillConfig, check_config
-from ..transformer_utils import CheckedModel, check_ids, check_length, with_weights
+from ..transformer_utils import CheckedModel, check_ids, check_length, vocabulary_scores, with_weights
 from ...utils.core import explain, patch, say
 
 # %% ../../../nbs/api/models/bart/modeling_bart.ipynb #d3e2f37b
@@ -194,7 +194,7 @@ def forward(
             decoder_attention_mask=decoder_attention_mask, past_key_values=past_key_values, use_cache=False if labels is not None else use_cache,
             output_attentions=seen, return_dict=True, **kwargs)
     bias_v = self.final_logits_bias[0].to(out.last_hidden_state.dtype)
-    edits_blc, logits_bmv = self.classification_head(out.encoder_last_hidden_state), F.linear(out.last_hidden_state, self.model.shared.weight, bias_v)
+    edits_blc, logits_bmv = self.classification_head(out.encoder_last_hidden_state), vocabulary_scores(out.last_hidden_state, self.model.shared.weight, bias_v)
     loss = encoder_loss = decoder_loss = None
     if encoder_labels is not None:
         encoder_loss, edits_blc = self.encoder_loss(edits_blc, encoder_labels)

@@ -22,7 +22,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..loading import gathered
 from .configuration_megatron_t5 import T5Config
-from ..transformer_utils import CheckedModel, attend, check_ids, check_length, documents, make_mask, padding, with_weights
+from ..transformer_utils import CheckedModel, attend, check_ids, check_length, documents, make_mask, padding, vocabulary_scores, with_weights
 from ...utils.core import explain, patch
 
 # %% ../../../nbs/api/models/megatron_t5/modeling_megatron_t5.ipynb #a87830af
@@ -514,6 +514,6 @@ def forward(
         self, dict(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, position_ids=position_ids),
         dict(input_ids=decoder_input_ids, attention_mask=decoder_attention_mask, inputs_embeds=decoder_inputs_embeds,
              position_ids=decoder_position_ids, past_key_values=past_key_values, use_cache=use_cache), encoder_outputs, **kwargs)
-    logits_blv = F.linear(decoded.last_hidden_state, self.shared.word_embeddings.weight, self.lm_head_bias)
+    logits_blv = vocabulary_scores(decoded.last_hidden_state, self.shared.word_embeddings.weight, self.lm_head_bias)
     loss = None if labels is None else F.cross_entropy(logits_blv.flatten(0, 1).float(), labels.flatten())
     return Seq2SeqLMOutput(loss=loss, logits=logits_blv, **both_outputs(encoded, decoded))

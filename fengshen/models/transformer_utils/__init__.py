@@ -9,5 +9,6 @@ __all__ = []
 from fengshen.models.transformer_utils.masks import (
     all_of, any_of, attend, boundaries, causal, dense, documents, eager_attention, global_tokens, is_packed, knows_boundaries, make_mask, padding, prefix,
     window, with_weights)
-from .pretrained import CheckedModel, PublishedConfig, check_ids, check_length, classification_loss, span_loss, words_and_positions
+from .pretrained import (
+    CheckedModel, PublishedConfig, check_ids, check_length, classification_loss, span_loss, vocabulary_scores, words_and_positions)
 from .rotary import rotary_table, rotate

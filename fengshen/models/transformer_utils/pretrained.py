@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['spell_types', 'PublishedConfig', 'CheckedModel', 'refuse_unfit', 'check_ids', 'check_length', 'words_and_positions',
-           'classification_loss', 'span_loss']
+           'vocabulary_scores', 'classification_loss', 'span_loss']
 
 # %% ../../../nbs/api/models/transformer_utils/pretrained.ipynb #ffdbd74d
 import inspect
@@ -142,6 +142,19 @@ def words_and_positions(
         position_ids = torch.arange(past, past + words_bld.shape[1], device=words_bld.device)[None]
     check_ids("positions", position_ids, most, longer)
     return words_bld, position_ids
+
+# %% ../../../nbs/api/models/transformer_utils/pretrained.ipynb #voccd001
+def vocabulary_scores(
+    states_bld,  # Last states
+    table_vd,  # Embedding of the vocabulary
+    bias_v=None,  # Added to the scores
+):
+    "Scores [b, l, v]: products with the table, and the bias."
+    missing = -len(table_vd) % 8
+    if missing == 0 or states_bld.device.type == "cpu":
+        return F.linear(states_bld, table_vd, bias_v)
+    wide_v = None if bias_v is None else F.pad(bias_v, (0, missing))
+    return F.linear(states_bld, F.pad(table_vd, (0, 0, 0, missing)), wide_v)[..., : len(table_vd)]
 
 # %% ../../../nbs/api/models/transformer_utils/pretrained.ipynb #27e5c724
 def classification_loss(
