@@ -244,3 +244,16 @@ def test_keywords_are_in_what_an_untrained_model_writes(max_insert):
     assert all(report.coverage == 1 and 0 <= report.bleu <= 100 and 0 <= report.chrf <= 100 for report in reports)
     assert [len(words) for words, _, _ in reports[2].rows] == [9, 9, 1, 0, 4] and reports[0].rounds > 0
     assert covered([1, 2], [[1, 2], [2]]) == 1 and covered([2, 1, 2], [[1], [2]]) == 2
+
+
+def test_stored_texts_go_through_the_loaders_dataset(tmp_path):
+    "What an objective is wrapped in for the loaders takes a stored set as it takes a corpus; the epoch changes nothing in it."
+    from fengshen.data.universal_datamodule.corrupted import Corrupted
+
+    tokenizer = tokenizer_of("床前明月光疑是地上霜")
+    rows, infill = [[5, 6, 7, 8], [9, 10], [11, 12, 13, 5, 6]], Infill(max_insert=2).bind(tokenizer)
+    write_infill(tmp_path / "set", rows, tokenizer, seed=4, max_insert=2)
+    found = Corrupted(InfillDataset(tmp_path / "set"), infill, 9)
+    batch, later = (found.batch(found.at([2, 0], epoch), 3) for epoch in (0, 5))
+    made = infill.batch([rows[2], rows[0]], 3, 9, 4, 0, [2, 0])
+    assert all(torch.equal(batch[name], made[name]) and torch.equal(later[name], made[name]) for name in made if torch.is_tensor(made[name]))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Infill', 'grid', 'decoder_grids', 'stored_rows', 'check_fit']
 
-# %% ../../../nbs/api/data/cbart_dataloader/objective.ipynb #591424be
+# %% ../../../nbs/api/data/cbart_dataloader/objective.ipynb #8d2129ea
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,7 +18,7 @@ from ..masking.objectives import Objective, attention, filled
 from ..mmap_dataloader.mmap_index_dataset import RaggedBatch
 from ...utils.core import explain, patch, pick
 
-# %% ../../../nbs/api/data/cbart_dataloader/objective.ipynb #4611e5a4
+# %% ../../../nbs/api/data/cbart_dataloader/objective.ipynb #feb04929
 @dataclass
 class Infill(Objective):
     "Which edits mend a text, and the words they need."
@@ -46,7 +46,7 @@ class Infill(Objective):
         "Without the signs that begin and end a text."
         return length - 2
 
-# %% ../../../nbs/api/data/cbart_dataloader/objective.ipynb #f4bb1016
+# %% ../../../nbs/api/data/cbart_dataloader/objective.ipynb #792d0f92
 def grid(
     flat,  # int64: rows end to end
     lengths,  # int64 [b]
@@ -76,7 +76,7 @@ def decoder_grids(
     first, free = (np.full((len(holes_bt), 1), value, np.int64) for value in (signs.end, -100))
     return np.concatenate([first, holes_bt[:, :-1]], 1), np.concatenate([free, scored_bt], 1)
 
-# %% ../../../nbs/api/data/cbart_dataloader/objective.ipynb #e53af4f5
+# %% ../../../nbs/api/data/cbart_dataloader/objective.ipynb #3f0ecdfc
 def stored_rows(
     texts,  # What `Infill.batch` got
 ) -> tuple | None:
@@ -94,7 +94,7 @@ def check_fit(longest, length):
     if longest > length:
         raise ValueError(explain("a text is too long for its row", f"{longest} tokens with begin and end", f"at most {length}", "cut the texts, or raise max_length"))
 
-# %% ../../../nbs/api/data/cbart_dataloader/objective.ipynb #3b6a27d0
+# %% ../../../nbs/api/data/cbart_dataloader/objective.ipynb #c1551e34
 @patch
 def batch(
     self: Infill,
