@@ -67,7 +67,7 @@ class Case:
         return {name: made[name] for name in self.labels}
 
 
-def ids_of(rows, length, seed=0):
+def ids_of(rows, length=SOURCE, seed=0):
     "Random ids with a separator in place 2."
     ids = torch.randint(SEP + 1, VOCAB - 1, (rows, length), generator=torch.Generator().manual_seed(seed))
     ids[:, 2:3] = SEP

@@ -7,37 +7,23 @@ import transformers
 
 import fengshen.models.longformer as family
 from fengshen.models.loading import fit_vocabulary, init_weights
-from fengshen.models.longformer import LongformerConfig, LongformerForMaskedLM, LongformerForSequenceClassification, LongformerModel
+from fengshen.models.longformer import LongformerForMaskedLM, LongformerForSequenceClassification, LongformerModel
 from fengshen.models.lora import linear_layers
 from fengshen.models.transformer_utils import any_of, dense, global_tokens, window
-from fengshen.utils.device import seeded
-from fengshen.utils.kernels.attention import NAME, register_attention
+from fengshen.utils.kernels.attention import NAME
+from tests.model_table import CASES, SEP, VOCAB, ids_of
+from tests.model_table import SOURCE as LENGTH
 
-VOCAB, LENGTH, SEP = 60, 13, 2
 HEADS = ["Model", "ForMaskedLM", "ForSequenceClassification", "ForMultipleChoice", "ForTokenClassification", "ForQuestionAnswering"]
+
+
 def config(**changes):
-    sizes = dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, max_position_embeddings=40,
-                 initializer_range=0.2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, attention_window=[4, 8])
-    return LongformerConfig(**sizes | changes, **({} if "num_labels" in changes else dict(num_labels=3)))
+    case = CASES["longformer-Model"]
+    return case.config(**case.sizes | changes)
 
 
 def model_of(head="Model", attention="sdpa", **changes):
-    "A model whose every parameter is random, biases and norms too."
-    register_attention()
-    cls = getattr(family, f"Longformer{head}")
-    with seeded(1):
-        model = cls(config(**changes)).eval()
-        for p in model.parameters():
-            p.data.add_(torch.randn_like(p) * 0.1)
-    model.set_attn_implementation(attention)
-    return model
-
-
-def ids_of(rows, length=LENGTH, seed=0):
-    "Random ids with a separator in place 2."
-    ids = torch.randint(SEP + 1, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
-    ids[:, 2:3] = SEP
-    return ids
+    return CASES[f"longformer-{head}"].make(attention, **changes)
 
 
 @pytest.mark.parametrize("attention, sparse", [("sdpa", True), ("eager", True), ("sdpa", False), ("eager", False)])

@@ -9,9 +9,9 @@ from transformers import MegatronBertConfig, MegatronBertForMaskedLM
 import fengshen.models.roformer as family
 from fengshen.models.loading import fit_vocabulary, init_weights
 from fengshen.models.lora import linear_layers
-from fengshen.models.roformer import RoFormerConfig, RoFormerForCausalLM, RoFormerForMaskedLM, RoFormerForSequenceClassification, RoFormerModel
-from fengshen.utils.device import seeded
-from fengshen.utils.kernels.attention import NAME, register_attention
+from fengshen.models.roformer import RoFormerForCausalLM, RoFormerForMaskedLM, RoFormerForSequenceClassification, RoFormerModel
+from fengshen.utils.kernels.attention import NAME
+from tests.model_table import CASES
 
 VOCAB, LENGTH = 60, 9
 HEADS = ["Model", "ForPreTraining", "ForCausalLM", "ForMaskedLM", "ForNextSentencePrediction", "ForSequenceClassification", "ForMultipleChoice",
@@ -20,21 +20,12 @@ TYPES = dict(read=[0] * LENGTH, written=[1] * LENGTH, both=[0] * 4 + [1] * 5, be
 
 
 def config(**changes):
-    sizes = dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, max_position_embeddings=40,
-                 initializer_range=0.2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=3)
-    return RoFormerConfig(**sizes | changes)
+    case = CASES["roformer-Model"]
+    return case.config(**case.sizes | changes)
 
 
 def model_of(head="Model", attention="sdpa", **changes):
-    "A model whose every parameter is random, biases and norms too."
-    register_attention()
-    cls = getattr(family, f"RoFormer{head}")
-    with seeded(1):
-        model = cls(config(**changes)).eval()
-        for p in model.parameters():
-            p.data.add_(torch.randn_like(p) * 0.1)
-    model.set_attn_implementation(attention)
-    return model
+    return CASES[f"roformer-{head}"].make(attention, **changes)
 
 
 def ids_of(rows, length=LENGTH, seed=0):
