@@ -68,15 +68,19 @@ def _validate(args):
 # %% ../../nbs/api/cli/main.ipynb #c9f0f895
 def _export(args):
     parser = argparse.ArgumentParser("fengshen export", description="Write a run or any checkpoint as a verified Hugging Face folder.")
-    parser.add_argument("source", help="a run's folder, checkpoints/step-XXXXXXXX in it, or another checkpoint: a DeepSpeed or Hugging Face folder, a .ckpt, .pt or .bin file")
+    parser.add_argument("source", help="a run's folder, checkpoints/step-XXXXXXXX in it, or another checkpoint: a DeepSpeed or Hugging Face folder, a .ckpt, .pt or .bin file, "
+                        "slices of Megatron-LM (iter_XXXXXXX, mp_rank_XX) or of the original's llama (part_N)")
     parser.add_argument("--out", help="where to put the folder; default: export/ in the run, or a folder beside the source")
     parser.add_argument("--dtype", default="auto", help="auto (what the source has: float32 after a training here), float32, bfloat16 or float16")
     parser.add_argument("--config", help="a config.json, a folder with one, or a hub id; needed where the source has none")
     parser.add_argument("--tokenizer", help="a folder with a tokenizer, or a hub id; needed where the source has none")
     parser.add_argument("--adapter", default="merged", help="what becomes of a LoRA adapter: merged into the weights, or alone, as a folder for peft")
+    parser.add_argument("--strict", type=str.lower, choices=("true", "false"), default="true", help="false: weights that are missing are drawn anew, those left over are passed over, and both are said by name; default: they are refused")
+    parser.add_argument("--architecture", help="name of the model's class, such as RoFormerForCausalLM; default: the config's, or the one that has these weights")
+    options = vars(parser.parse_args(args))
     from fengshen.training.export import export
 
-    export(**vars(parser.parse_args(args)))
+    export(**dict(options, strict=options["strict"] == "true"))
 
 
 def _chat(args):

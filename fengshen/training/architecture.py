@@ -146,7 +146,7 @@ def draw_missing(
         return
     with seeded(seed):
         state = type(one.model)(one.model.config).state_dict()
-    common = Counter(d for d in weights.dtypes.values() if d.is_floating_point).most_common(1)[0][0]
+    common = Counter(weights.dtypes[n] for n in names if weights.dtypes[n].is_floating_point).most_common(1)[0][0]
     fresh = {f"drawn.{m}": state[m].to(common) if state[m].is_floating_point() else state[m] for m in missing}
     weights.add(fresh)
     names |= {n: n.removeprefix("drawn.") for n in fresh}

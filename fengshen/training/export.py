@@ -148,11 +148,12 @@ DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.floa
 def pick_dtype(
     asked,  # auto, float32, bfloat16 or float16
     weights,  # The source
+    names=None,  # Names of it that are written; None: all
 ) -> torch.dtype:
     "The dtype that is written: the one asked for, or the source's own (float32 where a part of it is)."
     if asked != "auto":
         return pick("dtype", asked, DTYPES | dict(auto=None))
-    found = Counter(d for d in weights.dtypes.values() if d.is_floating_point)
+    found = Counter(d for n, d in weights.dtypes.items() if d.is_floating_point and (names is None or n in names))
     name = next((n for n, d in DTYPES.items() if found.most_common(1)[0][0] == d), "float32")
     return DTYPES[choice("dtype", "float32" if torch.float32 in found else name, "the source has it")]
 
@@ -390,7 +391,7 @@ def export(
     found = open_source(checkpoint, config, strict, architecture)
     if adapter == "alone" and not found.lora:
         raise ValueError(explain("there is no adapter in this checkpoint", str(checkpoint), "a run with model.lora", "leave --adapter out"))
-    words, kind = find_tokenizer(checkpoint, found.config.vocab_size, tokenizer, found.config.model_type), pick_dtype(dtype, found.weights)
+    words, kind = find_tokenizer(checkpoint, found.config.vocab_size, tokenizer, found.config.model_type), pick_dtype(dtype, found.weights, None if found.lora else found.names)
     if "derived" in found.weights.facts:
         fill_ids(found.config, words)
     partial = out.with_name(out.name + ".partial")

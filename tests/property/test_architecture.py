@@ -8,7 +8,7 @@ from transformers import BertConfig, BertForSequenceClassification, T5Config, T5
 
 from fengshen.models.longformer import LongformerConfig, LongformerForSequenceClassification
 from fengshen.models.roformer import RoFormerConfig, RoFormerForMaskedLM, RoFormerForPreTraining
-from fengshen.training.export import build, model_card, open_source
+from fengshen.training.export import build, model_card, open_source, pick_dtype
 
 SIZES = dict(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, max_position_embeddings=32)
 DIV_TERM = "bert.encoder.layer.{}.attention.self.rope_emb.div_term"
@@ -107,3 +107,9 @@ def test_heads_of_equal_names_are_told_by_shape(tmp_path):
 def test_the_card_says_how_it_is_loaded(tmp_path):
     assert "`from fengshen.models.roformer import RoFormerForMaskedLM`" in model_card(tmp_path, {}, kind=RoFormerForMaskedLM)
     assert "pipeline_tag" not in model_card(tmp_path, {}, kind=RoFormerForMaskedLM) and "pipeline_tag: text-generation" in model_card(tmp_path, {})
+
+
+def test_a_buffer_that_is_left_out_says_nothing_of_the_dtype(tmp_path, zhouwenwang):
+    state, config = zhouwenwang
+    source = open_source(published(tmp_path / "model", state, config))
+    assert source.weights.dtypes[DIV_TERM.format(0)] == torch.float32 and pick_dtype("auto", source.weights, source.names) == torch.float16
