@@ -79,8 +79,9 @@ def speed(function, rounds):
 def cases(tokenizer, flat):
     """[(what, who, function)]"""
     index, objectives = np.arange(ROWS), {
-        "Bert(whole_word=False)": Bert(whole_word=False), "Bert()": Bert(), "Bert(ngrams=3)": Bert(ngrams=3), "Bert(sentence_order=True)": Bert(sentence_order=True),
-        "Bert(jieba=True)": Bert(jieba=True), "T5()": T5(), "Bart()": Bart(), "Pegasus()": Pegasus(), "UniLM()": UniLM()}
+        "Bert(whole_word=False)": Bert(whole_word=False), "Bert()": Bert(), "Bert(ngrams=3)": Bert(ngrams=3),
+        "Bert(sentence_order=True)": Bert(sentence_order=True), "Bert(jieba=True)": Bert(jieba=True),
+        "T5()": T5(), "Bart()": Bart(), "Pegasus()": Pegasus(), "UniLM()": UniLM()}
     for name, objective in objectives.items():
         bound = objective.bind(tokenizer)
         texts = flat[: ROWS * bound.source_length(LENGTH)].reshape(ROWS, -1)

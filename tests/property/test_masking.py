@@ -347,3 +347,6 @@ def test_words_of_jieba(shared, name):
     known = {word.lower() for word in jieba.lcut(text)}
     assert {"天气", "公园", "北京大学", "自然语言", "散步"} & known <= set(words)
     assert all(len(word.strip()) > 1 for word in words if word.strip().isascii() and word.strip().isalpha())
+    mixed = np.array([pieces.tokenizer("天气hello，世界", add_special_tokens=False)["input_ids"]])
+    plain = np.split(mixed[0], np.flatnonzero(word_starts(mixed, pieces)[0])[1:])
+    assert [b"".join(pieces.texts[int(i)] for i in part).decode().strip() for part in plain] == ["天", "气", "hello", "，", "世", "界"]

@@ -7,7 +7,7 @@ __all__ = ['ENDS', 'CLOSING', 'UNUSED', 'NAMES', 'ADVICE', 'surface', 'kind_of',
            'made_of', 'Vocabulary', 'mark', 'sentinels', 'word_starts', 'jieba_cut', 'chinese_starts',
            'sentence_starts', 'check_ids']
 
-# %% ../../../nbs/api/data/masking/pieces.ipynb #a64815bd
+# %% ../../../nbs/api/data/masking/pieces.ipynb #3ccf7afd
 import re
 import unicodedata
 import warnings
@@ -17,7 +17,7 @@ import numpy as np
 from ...tokenizer.pieces import BYTE, Pieces, byte_alphabet
 from ...utils.core import explain, need
 
-# %% ../../../nbs/api/data/masking/pieces.ipynb #8ab591d1
+# %% ../../../nbs/api/data/masking/pieces.ipynb #62aaddab
 def surface(
     token,  # A token as the vocabulary spells it
     kind,  # "wordpiece", "bytes" or "metaspace"
@@ -46,7 +46,7 @@ def spaced(
     "Whether words of its script are set apart by blanks: letters and digits, but no Chinese and no kana."
     return character.isalnum() and not ("\u2e80" <= character <= "\u9fff" or "\uf900" <= character <= "\ufaff" or character >= "\U00020000")
 
-# %% ../../../nbs/api/data/masking/pieces.ipynb #8dd568bd
+# %% ../../../nbs/api/data/masking/pieces.ipynb #ba86f5a1
 ENDS = "。！？!?；;…"
 CLOSING = "”’」』）)】》〉]"
 UNUSED = re.compile(r"[\[<]unused_?\d+[\]>]")
@@ -61,12 +61,12 @@ def goes_on(token, data, kind) -> bool:
     "Whether a piece may continue a word."
     if kind == "wordpiece":
         return token.startswith("##") and len(token) > 2
-    return bool(data) and (inner_byte(data[0]) or spaced(data.decode(errors="replace")[0]))
+    return bool(data) and spaced(data.decode(errors="replace")[0])
 
 
 def may_go_on(data, kind) -> bool:
-    "Whether a piece may be continued."
-    return kind == "wordpiece" or bool(data) and (data[-1] >= 0x80 and data.decode(errors="replace")[-1] == "\ufffd" or spaced(data.decode(errors="replace")[-1]))
+    "Whether letters may continue a piece."
+    return kind == "wordpiece" or bool(data) and spaced(data.decode(errors="replace")[-1])
 
 
 def made_of(data, characters) -> bool:
@@ -74,7 +74,7 @@ def made_of(data, characters) -> bool:
     text = data.decode(errors="replace").strip()
     return text != "" and all(c in characters for c in text)
 
-# %% ../../../nbs/api/data/masking/pieces.ipynb #0716dc7c
+# %% ../../../nbs/api/data/masking/pieces.ipynb #d115d633
 class Vocabulary:
     "The tables that corruption reads."
 
@@ -92,6 +92,7 @@ class Vocabulary:
         marks = self.marks()
         self.special = table(i in marks for i in range(self.size))
         self.joins = table(goes_on(t, d, self.kind) for t, d in zip(tokens, data)) & ~self.special
+        self.inner = table(bool(d) and inner_byte(d[0]) for d in data) & ~self.special
         self.takes = table(may_go_on(d, self.kind) for d in data) & ~self.special
         self.ends = table(made_of(d, ends) for d in data) & ~self.special
         self.closes = table(made_of(d, CLOSING) for d in data) & ~self.special
@@ -103,7 +104,7 @@ class Vocabulary:
         added = {int(i) for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         return added | {int(i) for i in self.tokenizer.all_special_ids}
 
-# %% ../../../nbs/api/data/masking/pieces.ipynb #48d65921
+# %% ../../../nbs/api/data/masking/pieces.ipynb #47696535
 NAMES = dict(mask=["mask_token"], first=["cls_token", "bos_token"], last=["sep_token", "eos_token"], end=["eos_token", "sep_token"],
              pad=["pad_token", "eos_token", "unk_token"])
 ADVICE = dict(
@@ -138,7 +139,7 @@ def sentinels(
             'take a T5 tokenizer (Randeng-T5, MegatronT5), or add them: tokenizer.add_special_tokens({"additional_special_tokens": [f"<extra_id_{i}>" for i in range(100)]})'))
     return np.array(found, np.int64)
 
-# %% ../../../nbs/api/data/masking/pieces.ipynb #ba81a34b
+# %% ../../../nbs/api/data/masking/pieces.ipynb #ad4de38f
 def word_starts(
     ids_bl,  # int64: tokens
     pieces,  # A `Vocabulary`
@@ -146,14 +147,17 @@ def word_starts(
 ) -> np.ndarray:
     "bool [b, l]: the tokens that begin a word; marks are words by themselves."
     starts_bl = np.ones(ids_bl.shape, bool)
-    starts_bl[:, 1:] = ~(pieces.joins[ids_bl[:, 1:]] & pieces.takes[ids_bl[:, :-1]])
+    before_bl, after_bl = ids_bl[:, :-1], ids_bl[:, 1:]
+    starts_bl[:, 1:] = ~(pieces.joins[after_bl] & pieces.takes[before_bl])
+    if pieces.kind != "wordpiece":
+        starts_bl[:, 1:] &= ~pieces.inner[after_bl] | pieces.special[before_bl]
     if jieba:
         marks_bl = pieces.special[ids_bl]
         starts_bl &= chinese_starts(ids_bl, pieces) | marks_bl
         starts_bl[:, 1:] |= marks_bl[:, :-1]
     return starts_bl
 
-# %% ../../../nbs/api/data/masking/pieces.ipynb #815d73bb
+# %% ../../../nbs/api/data/masking/pieces.ipynb #19c32b22
 def jieba_cut():
     "jieba's `cut`, quiet; an `ImportError` that names the extra where it is missing."
     with warnings.catch_warnings():
@@ -177,7 +181,7 @@ def chinese_starts(
         starts[1:] = np.isin(places[1:], ends)
     return starts_bl
 
-# %% ../../../nbs/api/data/masking/pieces.ipynb #e900a78c
+# %% ../../../nbs/api/data/masking/pieces.ipynb #5741fcaa
 def sentence_starts(
     ids_bl,  # int64: tokens
     pieces,  # A `Vocabulary`
@@ -191,7 +195,7 @@ def sentence_starts(
     starts_bl[:, :1] = True
     return starts_bl
 
-# %% ../../../nbs/api/data/masking/pieces.ipynb #16d64041
+# %% ../../../nbs/api/data/masking/pieces.ipynb #eb4cadc5
 def check_ids(
     ids,  # Integers of any shape
     pieces,  # A `Vocabulary`
