@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['THREADS', 'BLANK', 'FAMILIAR', 'NORMAL', 'UNKNOWN', 'CONTROL', 'USER', 'spm_settings', 'train_spm', 'merges_of',
-           'spm_core', 'spm_rules', 'from_spm']
+           'spm_core', 'confuses_bytes', 'spm_rules', 'from_spm']
 
-# %% ../../nbs/api/tokenizer/spm.ipynb #61eb6a6b
+# %% ../../nbs/api/tokenizer/spm.ipynb #0dc66f40
 import io
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from .presets import choose_preset
 from ..utils.core import explain, need
 
-# %% ../../nbs/api/tokenizer/spm.ipynb #d132f808
+# %% ../../nbs/api/tokenizer/spm.ipynb #42bbc1d0
 THREADS = 16
 BLANK = "▁"  # how SentencePiece writes a blank
 FAMILIAR = ("unk", "bos", "eos", "pad")  # what SentencePiece has places for
@@ -37,24 +37,25 @@ def spm_settings(
         model_type=preset.kind, vocab_size=preset.vocab_size - len(preset.last), character_coverage=preset.coverage,
         max_sentencepiece_length=preset.max_piece, split_digits=preset.digits, byte_fallback=preset.byte_fallback,
         normalization_rule_name=preset.normalise, remove_extra_whitespaces=not exact, add_dummy_prefix=preset.prefix,
-        required_chars=BLANK, hard_vocab_limit=False, max_sentence_length=1_000_000, train_extremely_large_corpus=True, num_threads=THREADS, minloglevel=2)
+        required_chars=BLANK, hard_vocab_limit=False, max_sentence_length=1_000_000, train_extremely_large_corpus=True, num_threads=THREADS)
 
 
 def train_spm(
     lines,  # Texts without line breaks, each below a megabyte
     preset,  # A `Preset` of kind unigram or bpe
+    log=False,  # Whether the trainer tells how far it is, on standard error
 ) -> bytes:
     "The .model file that SentencePiece makes of them."
     spm, out = need("sentencepiece"), io.BytesIO()
     spm.set_random_generator_seed(preset.seed)
     try:
-        spm.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=out, **spm_settings(preset))
+        spm.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=out, **spm_settings(preset), minloglevel=0 if log else 2)
     except RuntimeError as e:
         reason = str(e).rpartition("] ")[2].strip() or str(e)
         raise ValueError(explain("SentencePiece cannot train on this text", reason, "more text, or another vocab_size or coverage")) from None
     return out.getvalue()
 
-# %% ../../nbs/api/tokenizer/spm.ipynb #afcbd14b
+# %% ../../nbs/api/tokenizer/spm.ipynb #8b948c33
 NORMAL, UNKNOWN, CONTROL, USER = 1, 2, 3, 4  # kinds of pieces, as the file numbers them
 
 
@@ -78,6 +79,11 @@ def spm_core(proto):
                       unk_token=scored[spec.unk_id][0], fuse_unk=True, byte_fallback=spec.byte_fallback)
 
 
+def confuses_bytes(proto) -> bool:
+    "Whether a text that says <0x41> could be taken for the piece of that byte: in unigram, which looks pieces up in the text."
+    return proto.trainer_spec.byte_fallback and proto.trainer_spec.model_type == proto.trainer_spec.UNIGRAM
+
+
 def spm_rules(proto):
     "(normalizer or None, pre-tokenizer, decoder): what the file says about blanks and about characters that stand for others."
     spec, rules = proto.normalizer_spec, []
@@ -88,6 +94,8 @@ def spm_rules(proto):
     rules += [normalizers.Prepend(" ")] if spec.add_dummy_prefix else []
     apart = not any(BLANK in p.piece[1:] for p in proto.pieces)
     cut = pre_tokenizers.Metaspace(prepend_scheme="never", split=apart)
+    if confuses_bytes(proto):
+        cut = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex("<(?=0x[0-9A-F]{2}>)"), "isolated"), cut])
     joined = [decoders.ByteFallback(), decoders.Fuse(), decoders.Replace(BLANK, " ")]
     joined += [decoders.Strip(" ", 1, 0)] if spec.add_dummy_prefix else []
     return normalizers.Sequence(rules) if rules else None, cut, decoders.Sequence(joined)

@@ -7,10 +7,11 @@ __all__ = ['LINE', 'readable_again', 'shown', 'train_byte_bpe', 'bert_rules', 'c
            'word_alphabet', 'train_wordpiece', 'words', 'lines_of', 'learn', 'paired', 'add_marks', 'for_transformers',
            'new_folder', 'write_folder', 'as_json', 'train']
 
-# %% ../../nbs/api/tokenizer/train.ipynb #3a1ffc9a
+# %% ../../nbs/api/tokenizer/train.ipynb #181c8ff0
 import json
 import os
 import shutil
+import sys
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +24,7 @@ from .presets import choose_preset
 from .spm import from_spm, train_spm
 from ..utils.core import explain, is_main_process, say
 
-# %% ../../nbs/api/tokenizer/train.ipynb #7b5fa1f3
+# %% ../../nbs/api/tokenizer/train.ipynb #cfa9fd42
 def readable_again(
     texts,  # What was given
 ):
@@ -50,7 +51,7 @@ def shown(
             bar.update()
             yield text
 
-# %% ../../nbs/api/tokenizer/train.ipynb #dbbddd1a
+# %% ../../nbs/api/tokenizer/train.ipynb #c25eecde
 def train_byte_bpe(texts, preset, progress):
     "A tokenizer of bytes and merges."
     tokenizer, cut = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -62,7 +63,7 @@ def train_byte_bpe(texts, preset, progress):
     tokenizer.train_from_iterator(shown(texts, "reading", progress), trainer)
     return tokenizer
 
-# %% ../../nbs/api/tokenizer/train.ipynb #48eeb687
+# %% ../../nbs/api/tokenizer/train.ipynb #1a07441e
 def bert_rules(lowercase):
     "(normalizer, pre-tokenizer): how BERT cuts a text into words, Chinese characters apart."
     return normalizers.BertNormalizer(lowercase=lowercase), pre_tokenizers.BertPreTokenizer()
@@ -134,7 +135,7 @@ def words(model, rules):
     tokenizer.decoder = decoders.WordPiece()
     return tokenizer
 
-# %% ../../nbs/api/tokenizer/train.ipynb #984548d4
+# %% ../../nbs/api/tokenizer/train.ipynb #520bc044
 LINE = 100_000  # characters
 
 
@@ -156,10 +157,10 @@ def learn(
     "(tokenizer, further files of its folder): the vocabulary, without the marks at its end."
     if preset.kind in ("byte_bpe", "wordpiece"):
         return (train_byte_bpe if preset.kind == "byte_bpe" else train_wordpiece)(texts, preset, progress), {}
-    file = train_spm(lines_of(shown(texts, "reading", progress)), preset)
+    file = train_spm(lines_of(shown(texts, "reading", progress)), preset, log=progress and sys.stderr.isatty())
     return from_spm(file), {"spiece.model": file}
 
-# %% ../../nbs/api/tokenizer/train.ipynb #083bcb42
+# %% ../../nbs/api/tokenizer/train.ipynb #37fdd868
 def paired(
     wrap,  # "[CLS] $A [SEP]"
 ) -> str:
@@ -196,7 +197,7 @@ def for_transformers(
     made.chat_template = chat_template
     return made
 
-# %% ../../nbs/api/tokenizer/train.ipynb #16a93390
+# %% ../../nbs/api/tokenizer/train.ipynb #2fdfa83d
 def new_folder(
     out,  # Where it shall be
 ) -> Path:
@@ -230,7 +231,7 @@ def as_json(record) -> bytes:
     "A record as indented JSON."
     return (json.dumps(record, ensure_ascii=False, indent=1) + "\n").encode()
 
-# %% ../../nbs/api/tokenizer/train.ipynb #8f1b505a
+# %% ../../nbs/api/tokenizer/train.ipynb #5d6207f5
 def train(
     texts,  # Texts that can be gone over again: a list, a column of a dataset
     out,  # Folder of the tokenizer
