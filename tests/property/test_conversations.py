@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from transformers import BertTokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import BertTokenizer
 
 from fengshen.data.task_dataloader import datamodule
 from fengshen.data.task_dataloader.conversations import ConversationDataset
