@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../../nbs/api/data/cbart_dataloader/index.ipynb #7420678c
+# %% ../../../nbs/api/data/cbart_dataloader/index.ipynb #ec1ca468
 from .collate import InfillCollator
 from .corrupt import Signs, infill_corrupt, signs_of
 from .edits import apply_edits, count_edits, edit_weights, fixed_weights, skeleton

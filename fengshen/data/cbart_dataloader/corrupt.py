@@ -6,7 +6,7 @@
 __all__ = ['CHOICES', 'Signs', 'signs_of', 'framed', 'lots', 'sorted_runs', 'chosen_random', 'chosen_middle', 'chosen_left',
            'other_words', 'corrupt_flat', 'check_settings', 'added_before', 'infill_corrupt']
 
-# %% ../../../nbs/api/data/cbart_dataloader/corrupt.ipynb #0f17cd64
+# %% ../../../nbs/api/data/cbart_dataloader/corrupt.ipynb #25b1fcc7
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ from ..masking.draws import Draws, uniform
 from ..masking.pieces import Vocabulary, mark
 from ...utils.core import explain, pick
 
-# %% ../../../nbs/api/data/cbart_dataloader/corrupt.ipynb #5ee0e56d
+# %% ../../../nbs/api/data/cbart_dataloader/corrupt.ipynb #48b4b9ac
 @dataclass
 class Signs:
     "The ids that infilling has to know."
@@ -45,7 +45,7 @@ def signs_of(
     begin = mark(pieces, "first") if begin is None else begin
     return Signs(begin, mark(pieces, "end"), mark(pieces, "mask"), mark(pieces, "pad"), pieces.ordinary, pieces.size)
 
-# %% ../../../nbs/api/data/cbart_dataloader/corrupt.ipynb #9c4ec563
+# %% ../../../nbs/api/data/cbart_dataloader/corrupt.ipynb #17245d4e
 def framed(texts, signs) -> tuple:
     "(int64 [tokens] of all texts, each with its begin and end; int64 [b] lengths)."
     lengths = np.fromiter(map(len, texts), np.int64, len(texts)) + 2
@@ -67,7 +67,7 @@ def lots(draws, rows, places, delete, replace) -> tuple:
     drawn = uniform(draws.bits_at("action", rows, places))
     return drawn < share, (drawn >= share) & (drawn < share + (1 - share) * replace)
 
-# %% ../../../nbs/api/data/cbart_dataloader/corrupt.ipynb #175ae970
+# %% ../../../nbs/api/data/cbart_dataloader/corrupt.ipynb #268fc513
 def sorted_runs(missing, wrong) -> tuple:
     "(missing, wrong, place in its run, missing tokens of its run), with the wrong ones of each run first. A run lies between two right tokens."
     right = ~(missing | wrong)
@@ -78,7 +78,7 @@ def sorted_runs(missing, wrong) -> tuple:
     wrong = ~right & (place < wrongs[before])
     return ~right & ~wrong, wrong, place - wrongs[before], gaps[before]
 
-# %% ../../../nbs/api/data/cbart_dataloader/corrupt.ipynb #4a7fe1d7
+# %% ../../../nbs/api/data/cbart_dataloader/corrupt.ipynb #b9db0635
 def chosen_random(missing, place, gap, many, drawn):
     "The missing tokens with the smallest chances of their run."
     at = np.flatnonzero(missing)
@@ -102,7 +102,7 @@ def chosen_left(missing, place, gap, many, drawn):
 
 CHOICES = dict(random=chosen_random, middle=chosen_middle, left=chosen_left)
 
-# %% ../../../nbs/api/data/cbart_dataloader/corrupt.ipynb #e90d7ef0
+# %% ../../../nbs/api/data/cbart_dataloader/corrupt.ipynb #2260e1fb
 def other_words(
     right,  # Right tokens, all of them words
     signs,  # `Signs`
@@ -112,7 +112,7 @@ def other_words(
     other = (drawn * (len(signs.words) - 1)).astype(np.int64)
     return signs.words[other + (other >= signs.place[right])]
 
-# %% ../../../nbs/api/data/cbart_dataloader/corrupt.ipynb #8988f713
+# %% ../../../nbs/api/data/cbart_dataloader/corrupt.ipynb #63e7e7dc
 def corrupt_flat(
     texts,  # Arrays of ids without begin and end, or int64 [b, n]
     seed,  # Of the draws
@@ -141,7 +141,7 @@ def corrupt_flat(
     values = {name: array[kept[name]] for name, array in zip(NAMES, (ids, edits, flat))}
     return values, {name: np.bincount(rows[mask], minlength=len(lengths)) for name, mask in kept.items()}
 
-# %% ../../../nbs/api/data/cbart_dataloader/corrupt.ipynb #e2ee1e79
+# %% ../../../nbs/api/data/cbart_dataloader/corrupt.ipynb #7bb28dbe
 def check_settings(delete, replace, max_insert):
     "Refuse shares and lengths that make no sense."
     for name, share in (("delete", delete), ("replace", replace)):
@@ -159,7 +159,7 @@ def added_before(missing, wanted) -> np.ndarray:
     edits[~missing] = np.where(before > 0, before + 1, 0)
     return edits
 
-# %% ../../../nbs/api/data/cbart_dataloader/corrupt.ipynb #48471429
+# %% ../../../nbs/api/data/cbart_dataloader/corrupt.ipynb #046ce481
 def infill_corrupt(
     ids,  # Ids of one text without begin and end; or a list of texts, or int64 [b, n]
     seed,  # Of the draws
