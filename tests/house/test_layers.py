@@ -157,7 +157,7 @@ def test_what_is_imported_is_declared():
     keys = ["requirements", *(f"{extra}_requirements" for extra in cfg["extras"].split() if extra != "dev")]
     declared = {Requirement(word).name.lower().replace("-", "_") for key in keys for word in cfg[key].split()}
     used = {other.split(".")[0]: name for name, path, tree in MODULES for other in imports(name, path, tree)}
-    declared |= {"yaml", "lightning_fabric"}  # what pyyaml and pytorch-lightning are imported as, beside their own names
+    declared |= {"yaml", "lightning_fabric", "triton"}  # what pyyaml and pytorch-lightning are imported as, beside their own names; what torch brings for an accelerator
     declared |= {node.args[0].value for _, _, tree in MODULES for node in ast.walk(tree)
                  if isinstance(node, ast.Call) and ast.unparse(node.func) == "need" and isinstance(node.args[0], ast.Constant)}
     missing = {f"{package} ({used[package]})" for package in used if package.lower() not in declared | SELF_AND_STANDARD}
