@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'came_back', 'lost', 'measure', 'shown_row', 'bars', 'Comparison', 'compare', 'name_of']
 
-# %% ../../nbs/api/tokenizer/compare.ipynb #2ecda48a
+# %% ../../nbs/api/tokenizer/compare.ipynb #e7309bb8
 import html
 import time
 from collections import Counter
@@ -19,7 +19,7 @@ from .trim import batches_of
 from ..utils.charts import COLOURS, number_text, svg, svg_text, table_html, text_width
 from ..utils.core import explain, is_main_process
 
-# %% ../../nbs/api/tokenizer/compare.ipynb #51463bb8
+# %% ../../nbs/api/tokenizer/compare.ipynb #e4ec211a
 def came_back(tokenizer, ids) -> str:
     "The text of ids, with everything that the tokenizer would leave out."
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -45,32 +45,34 @@ def measure(
     progress=True,  # Whether there is a bar
 ) -> dict:
     "The figures of a tokenizer on texts."
-    c, seconds, example = Counter(), 0.0, ""
+    c, seconds, first, deep = Counter(), 0.0, "", ""
     with tqdm(desc=name, unit=" texts", delay=1, disable=not (progress and is_main_process())) as bar:
         for batch in batches_of(texts):
             start = time.perf_counter()
             rows = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]
             seconds += time.perf_counter() - start
             for text, ids in zip(batch, rows):
-                difference = lost(text, came_back(tokenizer, ids))
-                example = example or difference
+                back = came_back(tokenizer, ids)
+                difference = lost(text, back)
+                beyond = difference and lost("".join(text.split()), "".join(back.split()))
+                first, deep = first or difference, deep or beyond
                 unknown = ids.count(tokenizer.unk_token_id) if tokenizer.unk_token_id != tokenizer.eos_token_id else 0
-                c.update(texts=1, characters=len(text), bytes=len(text.encode()), tokens=len(ids), failures=bool(difference), unknown=unknown)
+                c.update(texts=1, characters=len(text), bytes=len(text.encode()), tokens=len(ids), failures=bool(difference), beyond_blanks=bool(beyond), unknown=unknown)
             bar.update(len(batch))
     if not c["tokens"]:
         raise ValueError(explain("there is no text to compare on", c["texts"], "at least one token", "give texts that are not empty"))
     return dict(
         name=name, vocabulary=len(tokenizer), tokens=c["tokens"], characters_per_token=c["characters"] / c["tokens"], bytes_per_token=c["bytes"] / c["tokens"],
-        failures=c["failures"], texts=c["texts"], unknown=c["unknown"] / c["tokens"], speed=c["characters"] / max(seconds, 1e-9) / 1e6, example=example)
+        failures=c["failures"], beyond_blanks=c["beyond_blanks"], texts=c["texts"], unknown=c["unknown"] / c["tokens"], speed=c["characters"] / max(seconds, 1e-9) / 1e6, example=deep or first)
 
-# %% ../../nbs/api/tokenizer/compare.ipynb #fa6b9f53
+# %% ../../nbs/api/tokenizer/compare.ipynb #43aada31
 COLUMNS = dict(name="tokenizer", vocabulary="vocabulary", characters_per_token="characters per token", bytes_per_token="bytes per token", failures="texts changed",
-               unknown="unknown tokens", speed="million characters a second", example="first difference")
+               beyond_blanks="beyond blanks", unknown="unknown tokens", speed="million characters a second", example="a difference")
 
 
 def shown_row(row) -> dict:
     "A row as a table shows it."
-    return row | dict(failures=f"{row['failures']:,} of {row['texts']:,}", unknown=f"{row['unknown']:.3%}", speed=f"{row['speed']:.2f}",
+    return row | dict(failures=f"{row['failures']:,} of {row['texts']:,}", beyond_blanks=f"{row['beyond_blanks']:,}", unknown=f"{row['unknown']:.3%}", speed=f"{row['speed']:.2f}",
                       characters_per_token=f"{row['characters_per_token']:.3f}", bytes_per_token=f"{row['bytes_per_token']:.3f}")
 
 
