@@ -211,14 +211,17 @@ def on_cpu(case) -> bool:
 def model(case) -> Finding:
     "The model's configuration, its size and its attention."
     from fengshen.training.memory import config_of, count, empty_model, size_text
+    from fengshen.models import auto
+    from fengshen.training.kinds import KINDS, kind_of
     from fengshen.utils.kernels.attention import choose_attention
 
-    module = case.module
+    module, kind = case.module, kind_of(case.data)
     config = config_of(module.path or module.config, module.hub)
     if module.path and Path(module.path).is_dir() and not any(f.stat().st_size for kind in ("*.safetensors", "*.bin") for f in Path(module.path).glob(kind)):
         raise ValueError(explain("no weights in this folder", module.path, "*.safetensors or *.bin beside config.json", "download it again, or start from random weights with model.config"))
-    case.config, case.attention = config, choose_attention(config, module.attention_asked, compute_dtype(case))
-    parameters = count(empty_model(config)).all
+    case.config = config
+    case.attention = choose_attention(config, module.attention_asked, compute_dtype(case)) if kind == "causal" else "of its own"
+    parameters = count(empty_model(config, auto=getattr(auto, KINDS[kind].auto))).all
     return Finding("ok", f"{type(config).__name__.removesuffix('Config')}, {parameters:,} parameters ({size_text(4 * parameters)} in float32), "
                          f"{config.vocab_size:,} rows of vocabulary, attention {case.attention}")
 

@@ -133,10 +133,11 @@ def config_of(
 def empty_model(
     config,  # A Hugging Face config
     dtype=torch.float32,  # dtype of its parameters
+    auto=AutoModelForCausalLM,  # What it is for: a class with `from_config`
 ):
-    "The causal language model of a config, in training mode, on the meta device."
+    "The model of a config, in training mode, on the meta device."
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+        return auto.from_config(config, dtype=dtype).train()
 
 
 @dataclass
