@@ -2,7 +2,7 @@
 
 python tools/pages.py llms            write llms.txt
 python tools/pages.py cells           list the cells that do not run when notebooks are tested
-python tools/pages.py process FOLDER  process every notebook as the site does, short of Quarto
+python tools/pages.py process FOLDER [PART PARTS]  process every notebook, or a part of them, as the site does, short of Quarto
 """
 import json
 import re
@@ -93,15 +93,15 @@ def llms():
     return "\n".join(lines).rstrip() + "\n"
 
 
-def process(folder):
-    "Every notebook as Quarto would get it, written to `folder`: exported cells and imports run, signatures and tables of parameters drawn."
+def process(folder, part=0, parts=1):
+    "Notebooks as Quarto would get them, written to `folder`: exported cells and imports run, signatures and tables of parameters drawn."
     from execnb.nbio import read_nb, write_nb
     from nbdev.processors import FilterDefaults
 
     sys.path.insert(0, str(ROOT))
     sys.argv = ["nbdev_docs"]  # cells must not see this tool's arguments
     warnings.filterwarnings("error", "Found cells containing imports")
-    for page in notebooks():
+    for page in notebooks()[part::parts]:
         nb = read_nb(NBS / page)
         try:
             FilterDefaults()(nb)
@@ -126,6 +126,6 @@ if __name__ == "__main__":
     elif verb == "cells":
         print_not_run()
     elif verb == "process" and rest:
-        process(rest[0])
+        process(rest[0], *map(int, rest[1:]))
     else:
         sys.exit(__doc__)
