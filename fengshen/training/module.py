@@ -20,7 +20,7 @@ from ..models import auto as auto_classes
 from ..models.loading import fit_vocabulary, from_checkpoint, from_config, read_config_json, zero3_context
 from ..models.lora import LoRAConfig, add_lora
 from ..models.model_utils import OptimizerConfig, ScheduleConfig, make_optimizer, make_schedule
-from ..tokenizer import load_tokenizer
+from ..tokenizer.load import with_end
 from .deepspeed import announce_compile
 from .kinds import KINDS, attention_of, find_head, kind_inputs, kind_of, scores_of
 from ..utils.core import choice, explain, load_name, patch
@@ -131,7 +131,7 @@ def teardown(self: LanguageModelModule, stage):
 
 
 def _tokenizer(self):
-    return load_tokenizer(self.path, self.hub) if self.path else None
+    return with_end(auto_classes.AutoTokenizer.from_pretrained(self.path, self.hub)) if self.path else None
 
 
 def _context(self):
