@@ -52,6 +52,7 @@ def test_every_family(family, tmp_path, monkeypatch):
     assert type(transformers.AutoConfig.from_pretrained(out)) is config_class(family)
 
 
+@pytest.mark.slow
 def test_a_fresh_process_verifies_it(tmp_path, capsys):
     "The process knows transformers, and `fengshen.models` only because the folder says so."
     published(tmp_path / "published", "megatron_t5")

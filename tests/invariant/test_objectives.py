@@ -60,7 +60,7 @@ def settings(folder, name, **more):
             "trainer.val_check_interval": 8, "trainer.check_val_every_n_epoch": None} | more
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("Bart", "UniLM"))) for name in CONFIGS])
 def test_each_objective_learns_and_goes_on_to_the_bit(folder, tmp_path, name):
     given = settings(folder, name, **{"checkpoint.every_n_steps": 3, "checkpoint.keep": 9, "trainer.accumulate_grad_batches": 2, "data.micro_batch": 2, "trainer.val_check_interval": 16})
     straight = fit_here(tmp_path / "straight", **given)

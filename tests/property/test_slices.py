@@ -422,6 +422,7 @@ def test_layers_that_are_missing_and_interleaved_stages(slices):
     refused(folder, "interleaved pipeline")
 
 
+@pytest.mark.slow
 def test_the_whole_way(tmp_path, capsys):
     "Slices, a vocabulary, and out comes a verified folder with the tokenizer's ids in its config."
     model = made("gpt2")
