@@ -15,6 +15,7 @@ import os
 import re
 import tempfile
 import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -239,8 +240,8 @@ class LiveRun(Run):
 def wait(self: LiveRun):
     "Wait for the end; interrupting the cell pauses the run and leaves the model usable."
     try:
-        while not (self.control.waiting or self.done.wait(0.1)):
-            pass
+        while not (self.control.waiting or self.done.is_set()):
+            time.sleep(0.1)  # an interrupt inside of done.wait() may leave its lock taken
     except KeyboardInterrupt:
         self.pause()
         say(f"paused at step {self.cli.trainer.global_step}: run.ask(prompt), run.resume(lr=...), run.stop() or run.release()")
@@ -253,8 +254,8 @@ def wait(self: LiveRun):
 def pause(self: LiveRun):
     "Stop between two optimizer steps and stay there."
     self.control.pause()
-    while not (self.control.waiting or self.done.wait(0.05)):
-        pass
+    while not (self.control.waiting or self.done.is_set()):
+        time.sleep(0.05)
 
 
 @patch
