@@ -90,7 +90,7 @@ def spm_rules(proto):
     if spec.precompiled_charsmap:
         rules.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
-        rules += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+        rules += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]  # blanks alone: Strip would take other white space too
     rules += [normalizers.Prepend(" ")] if spec.add_dummy_prefix else []
     apart = not any(BLANK in p.piece[1:] for p in proto.pieces)
     cut = pre_tokenizers.Metaspace(prepend_scheme="never", split=apart)

@@ -102,6 +102,7 @@ def configure_model(self: LanguageModelModule):
     check_context(model.config, getattr(self.trainer.datamodule, "max_length", None))
     check_vocabulary(model.config, getattr(self.trainer.datamodule, "vocab_size", None) if tokenizer is None else None)
     self.model = fit_vocabulary(model, tokenizer) if tokenizer is not None else model
+    self.model.config.architectures = [type(self.model).__name__]  # heads of two classes may have the same names
     if stops := getattr(self.trainer.datamodule, "stops", None):
         set_stops(self.model, stops)
     if self.lora is not None:

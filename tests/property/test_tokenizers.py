@@ -56,6 +56,9 @@ def pairs(made):
 
 
 @CLOSE
+@example("\x85")  # white space that is no blank
+@example(" \x85\n ")
+@example("道\n 道")
 @given(text=like_ours | unicode.map(lambda text: text.replace("\x00", "")))
 def test_sentencepiece_itself_cuts_alike(pairs, text):
     "Without zero bytes, which end a text for its reader, and without the marks, which it does not look for in a text."
