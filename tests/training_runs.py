@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,20 @@ def fit_here(run_dir, recipe="demo", **settings):
     status, out, err = here("fit", "-c", recipe, *flags(QUIET | {"run_dir": str(run_dir), "trainer.strategy": "auto"} | settings))
     assert status == 0, out + err
     return Path(run_dir)
+
+
+def back_to(run, step, folder):
+    "A copy of a run as a kill after `step` would have left it: later checkpoints and the end are missing."
+    from fengshen.training.checkpoint import checkpoints, step_of
+
+    copy = folder / f"stopped-{step}"
+    shutil.copytree(run, copy)
+    for path in checkpoints(copy):
+        if step_of(path) > step:
+            shutil.rmtree(path)
+    for name in ("summary.json", "report.html"):
+        (copy / name).unlink()
+    return copy
 
 
 def read(run_dir, split="train"):

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SENTENCE', 'EDIT', 'DECODED', 'KINDS', 'UNPACKED', 'CANDIDATES', 'Second', 'order_loss', 'edits_loss', 'Kind',
-           'kind_of', 'kind_inputs', 'attention_of', 'magnify', 'probe', 'scores_of', 'find_head', 'score']
+           'kind_of', 'kind_inputs', 'attention_of', 'magnify', 'probe', 'scores_of', 'find_head', 'score',
+           'check_objective']
 
 # %% ../../nbs/api/training/kinds.ipynb #7e8b696f
 from typing import Callable, NamedTuple
@@ -12,7 +13,7 @@ from typing import Callable, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ..utils.core import choice, pick
+from ..utils.core import choice, explain, pick
 from ..utils.kernels.attention import FLASH, choose_attention, model_inputs
 
 # %% ../../nbs/api/training/kinds.ipynb #cc8792d8
@@ -153,3 +154,17 @@ def score(model, name, hidden_bld):
     "What a head says of states, in float32; nothing that could be equal to scores where it makes something else of them."
     found = model.get_submodule(name)(hidden_bld).float()
     return found if found.shape[-1] == model.config.vocab_size else found.new_tensor(float("nan"))
+
+# %% ../../nbs/api/training/kinds.ipynb #b25de94d
+def check_objective(
+    objective,  # The data's, or None
+    config,  # The model's configuration
+):
+    "Refuse a model that computes something else than the objective asks for."
+    if getattr(objective, "prefix", False) and not hasattr(config, "default_token_type"):
+        raise ValueError(explain(f"{type(objective).__name__} wants a model that reads a first part in both directions", config.model_type, "a fengshen-roformer (Zhouwenwang)",
+                                 "take such a model, or leave data.objective out to learn the next token"))
+    edits = getattr(objective, "num_labels", None)
+    if edits is not None and edits != config.num_labels:
+        raise ValueError(explain("the model and the data have different numbers of edits", f"num_labels {config.num_labels} in the model, {edits} in the data", "one number",
+                                 f"set num_labels to {edits} in the model's config.json, or data.objective.max_insert to {config.num_labels - 2}"))

@@ -22,7 +22,7 @@ from ..models.lora import LoRAConfig, add_lora
 from ..models.model_utils import OptimizerConfig, ScheduleConfig, make_optimizer, make_schedule
 from ..tokenizer.load import with_end
 from .deepspeed import announce_compile
-from .kinds import KINDS, attention_of, find_head, kind_inputs, kind_of, scores_of
+from .kinds import KINDS, attention_of, check_objective, find_head, kind_inputs, kind_of, scores_of
 from ..utils.core import choice, explain, load_name, patch
 from ..utils.device import device_kind
 from ..utils.kernels.compile import compile_blocks, uncompiled
@@ -99,6 +99,7 @@ def configure_model(self: LanguageModelModule):
     auto = getattr(auto_classes, KINDS[self.kind].auto)
     model = from_checkpoint(self.path, self.hub, auto) if self.path else from_config(self.config, seed, self.hub, auto)
     tokenizer = getattr(self.trainer.datamodule, "tokenizer", None)
+    check_objective(getattr(self.trainer.datamodule, "objective", None), model.config)
     check_context(model.config, getattr(self.trainer.datamodule, "max_length", None))
     check_vocabulary(model.config, getattr(self.trainer.datamodule, "vocab_size", None) if tokenizer is None else None)
     self.model = fit_vocabulary(model, tokenizer) if tokenizer is not None else model

@@ -1,7 +1,6 @@
 """Training on tokenised corpora: each way to cut them, several by weight, stopped and gone on with, on one process and on two."""
 import itertools
 import math
-import shutil
 
 import numpy as np
 import pytest
@@ -10,10 +9,9 @@ from fengshen.data.megatron_dataloader import IndexedDatasetBuilder
 from fengshen.data.mmap_dataloader.mmap_writer import write_mmap
 from fengshen.data.universal_datamodule import UniversalDataModule
 from fengshen.tokenizer import load_tokenizer
-from fengshen.training.checkpoint import checkpoints, step_of
 from fengshen.training.module import LanguageModelModule
 from fengshen.training.trainer import new_trainer
-from tests.training_runs import fit, fit_here, flags, here, read, series, tiny_config, weights, weights_apart
+from tests.training_runs import back_to, fit, fit_here, flags, here, read, series, tiny_config, weights, weights_apart
 
 TOKENIZER = load_tokenizer("fengshen:tokenizer_demo")
 LINES = ["白日依山尽，黄河入海流。", "欲穷千里目，更上一层楼。", "床前明月光，疑是地上霜。", "举头望明月，低头思故乡。"]
@@ -53,12 +51,7 @@ def test_each_way_trains_and_goes_on_to_the_bit(folder, tmp_path, corpus, which)
     straight = fit_here(tmp_path / "straight", **given)
     losses = series(straight, "loss")
     assert len(losses) == 8 and losses[-1] < losses[0]
-    copy = tmp_path / "stopped"
-    shutil.copytree(straight, copy)
-    for path in checkpoints(copy):
-        if step_of(path) > 3:
-            shutil.rmtree(path)
-    (copy / "summary.json").unlink()
+    copy = back_to(straight, 3, tmp_path)
     fit_here(copy, **given)
     assert series(copy, "loss") == losses and weights_apart(weights(copy), weights(straight)) == 0
 

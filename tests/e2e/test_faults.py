@@ -10,8 +10,8 @@ import pytest
 from fengshen.training.checkpoint import checkpoints
 from fengshen.training.manifest import fault
 from tests.invariant.test_kills import partials, start, steps_done
-from tests.invariant.test_resume import back_to, record, same, settings
-from tests.training_runs import QUIET, fit, fit_here, flags, here, read, weights
+from tests.invariant.test_resume import record, same, settings
+from tests.training_runs import QUIET, back_to, fit, fit_here, flags, here, read, weights
 
 ONE = {"trainer.strategy": "auto"}
 TWO = {"trainer.strategy": "ddp", "trainer.devices": 2, "trainer.accelerator": "cpu"}

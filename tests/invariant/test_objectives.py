@@ -1,6 +1,5 @@
 """Runs that learn something else than the next token: the loss is the model's own, whatever the split of a batch, and a run that was stopped goes on to the bit."""
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -12,12 +11,13 @@ from fengshen.data.batch import Batch
 from fengshen.data.cbart_dataloader.objective import Infill
 from fengshen.data.masking.objectives import Bert
 from fengshen.data.mmap_dataloader.mmap_writer import write_mmap
+from fengshen.data.universal_datamodule import UniversalDataModule
+from fengshen.data.universal_datamodule.corrupted import Pairs
 from fengshen.models.bart import BartForTextInfill, BartTextInfillConfig
-from fengshen.training.checkpoint import checkpoints, step_of
 from fengshen.training.kinds import find_head
 from fengshen.training.module import LanguageModelModule
 from fengshen.utils.device import seeded
-from tests.training_runs import apart, fit_here, flags, here, series, weights, weights_apart
+from tests.training_runs import apart, back_to, fit_here, flags, here, series, weights, weights_apart
 
 CHARACTERS = "白日依山尽黄河入海流欲穷千里目更上一层楼床前明月光疑是地霜举头望低思故乡，。"
 MARKS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"<extra_id_{i}>" for i in range(20)), "[BOS]", "[EOS]"]
@@ -49,7 +49,7 @@ def folder(tmp_path_factory, tokenizer):
     rng = np.random.default_rng(0)
     texts = ["".join(rng.choice(LINES, rng.integers(1, 9))) for _ in range(60)]
     write_mmap(folder / "corpus", (tokenizer(text, add_special_tokens=False)["input_ids"] + [3] for text in texts), vocab_size=len(tokenizer))
-    for name, values in CONFIGS.items():
+    for name, values in (CONFIGS | dict(gpt2=dict(model_type="gpt2", n_positions=64, n_embd=16, n_layer=1, n_head=2))).items():
         (folder / f"{name}.json").write_text(json.dumps(values | dict(vocab_size=len(tokenizer))), "utf8")
     return folder
 
@@ -66,12 +66,7 @@ def test_each_objective_learns_and_goes_on_to_the_bit(folder, tmp_path, name):
     straight = fit_here(tmp_path / "straight", **given)
     losses = series(straight, "loss")
     assert len(losses) == 8 and losses[-1] < losses[0]
-    copy = tmp_path / "stopped"
-    shutil.copytree(straight, copy)
-    for path in checkpoints(copy):
-        if step_of(path) > 3:
-            shutil.rmtree(path)
-    (copy / "summary.json").unlink()
+    copy = back_to(straight, 3, tmp_path)
     fit_here(copy, **given)
     assert series(copy, "loss") == losses and series(copy, "loss", "valid") == series(straight, "loss", "valid")
     assert weights_apart(weights(copy), weights(straight)) == 0
@@ -151,6 +146,32 @@ def test_the_head_gives_the_models_own_loss(name):
 def test_an_objective_says_what_it_needs(folder, tmp_path):
     given = {"run_dir": str(tmp_path / "run"), "trainer.strategy": "auto"}
     for more, said in [({"data.tokenizer": "fengshen:tokenizer_demo"}, "mask"), ({"data.corpus": "packed"}, "leave data.corpus out"),
-                       ({"model.config": str(folder / "T5.json")}, "T5")]:
+                       ({"model.config": str(folder / "T5.json")}, "T5"), ({"data.objective": "Objective"}, "does not say what is learned"),
+                       ({"data.objective": "UniLM", "model.config": str(folder / "gpt2.json")}, "fengshen-roformer"),
+                       ({"data.objective": "Infill", "data.objective.max_insert": 2, "model.config": str(folder / "Infill.json")}, "set num_labels to 4")]:
         status, out, err = here("fit", "-c", "demo", *flags(settings(folder, "Bert", **given | more)))
         assert status == 2 and said in err and "Traceback" not in err, err
+
+
+def test_texts_that_nobody_tokenised_and_what_is_not_used(folder, tmp_path):
+    "A file of texts takes the same way; the end that a sample has gives way to the marks of the row."
+    rows = [json.dumps(dict(text=line * 2), ensure_ascii=False) for line in LINES]
+    (tmp_path / "texts.jsonl").write_text("\n".join(rows), "utf8")
+    data = UniversalDataModule(str(tmp_path / "texts.jsonl"), tokenizer=str(folder / "tokenizer"), objective=Bert(rate=0), max_length=32, row_length=64, micro_batch=4)
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    ends = (batch["input_ids"] == 3).sum(1)
+    assert batch["input_ids"].shape == (4, 32) and ends.tolist() == [1] * 4 and batch["num_labels"] == 0
+    assert data.stops is None and not data.packing and not data.one_shape
+
+
+def test_pairs_end_where_the_template_does(folder, tmp_path, capsys):
+    (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(dict(question=a, answer=b), ensure_ascii=False) for a, b in zip(LINES, LINES[1:])), "utf8")
+    data = UniversalDataModule(str(tmp_path / "pairs.jsonl"), tokenizer=str(folder / "tokenizer"), objective=Pairs(), template="{question}{answer}", max_length=48, row_length=96, micro_batch=3)
+    data.setup("fit")
+    (batch,) = list(data.train_dataloader())
+    said = capsys.readouterr().out
+    assert "data.row_length 96 is not used" in said and "loss_on = last" in said
+    end = data.tokenizer.eos_token_id
+    assert data.stops == [end] and sorted(batch["labels"][row][batch["labels"][row] != -100][-1].item() for row in range(3)) == [end] * 3
+    assert torch.equal(batch["decoder_input_ids"][:, 1:][batch["labels"][:, 2:] != -100], batch["labels"][:, 1:-1][batch["labels"][:, 2:] != -100])

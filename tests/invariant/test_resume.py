@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fengshen.training.checkpoint import checkpoints, step_of
-from tests.training_runs import QUIET, apart, fit, fit_here, flags, here, read, series, tiny_config, uneven_pairs, weights, weights_apart
+from tests.training_runs import QUIET, apart, back_to, fit, fit_here, flags, here, read, series, tiny_config, uneven_pairs, weights, weights_apart
 
 DROPOUT = dict(embd_pdrop=0.1, attn_pdrop=0.1, resid_pdrop=0.1)
 KEYS = ("step", "split", "loss", "lr", "grad_norm", "tokens", "perplexity")
@@ -21,18 +21,6 @@ def settings(folder, **more):
     "Dropout, accumulation, three epochs of 19 rows or so, a validation in the middle of an epoch and one at its end."
     return {"model.config": tiny_config(folder, **DROPOUT), "data.train": uneven_pairs(folder / "train.jsonl", 37), "data.valid": uneven_pairs(folder / "valid.jsonl", 5, seed=1),
             "data.micro_batch": 2, "data.packing": False, "trainer.accumulate_grad_batches": 2, "trainer.max_steps": 24, "trainer.val_check_interval": 7, "model.optimizer.lr": 3e-3} | more
-
-
-def back_to(run, step, folder):
-    "A copy of a run as a kill after `step` would have left it: later checkpoints and the end are missing."
-    copy = folder / f"stopped-{step}"
-    shutil.copytree(run, copy)
-    for path in checkpoints(copy):
-        if step_of(path) > step:
-            shutil.rmtree(path)
-    for name in ("summary.json", "report.html"):
-        (copy / name).unlink()
-    return copy
 
 
 def same(a, b):

@@ -28,6 +28,8 @@ class Objective:
     "The settings of an objective; `bind` makes it ready for a tokenizer."
 
     model: ClassVar[str] = "causal"  # Kind of model that learns from it: "causal", "masked", "pretraining", "seq2seq" or "infill"
+    marks: ClassVar[bool] = True  # Whether it puts marks of its own around texts
+    prefix: ClassVar[bool] = False  # Whether the model has to read a first part in both directions
 
     def bind(
         self,
@@ -48,7 +50,7 @@ class Objective:
         length,  # Tokens of a row of the batch
     ) -> int:
         "Tokens of text that a row takes, so that it comes out at `length`."
-        raise NotImplementedError
+        raise self.unwritten("source_length")
 
     def batch(
         self,
@@ -60,7 +62,12 @@ class Objective:
         index,  # Integers [b]: numbers of the samples
     ) -> Batch:
         "A batch, always of the same shape."
-        raise NotImplementedError
+        raise self.unwritten("batch")
+
+    def unwritten(self, method) -> ValueError:
+        "The error of an objective that lacks a method."
+        return ValueError(explain(f"{type(self).__name__} does not say what is learned", f"no method {method}", "an objective such as Bert or T5",
+                                  "name one of them, or write source_length and batch in a class of your own"))
 
 # %% ../../../nbs/api/data/masking/objectives.ipynb #48728d94
 def text_rows(
@@ -112,6 +119,8 @@ def seq2seq_batch(
 @dataclass
 class Causal(Objective):
     "The next token."
+
+    marks: ClassVar[bool] = False
 
     def source_length(self, length) -> int:
         "One token more: the label of the last."
@@ -315,6 +324,7 @@ class UniLM(Objective):
     most: float = 0.9  # Largest
 
     model: ClassVar[str] = "causal"
+    prefix: ClassVar[bool] = True
 
     def check(self):
         "The tokenizer has marks for the ends of a row."

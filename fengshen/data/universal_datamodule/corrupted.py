@@ -125,7 +125,7 @@ def batch(
     rows,  # Rows of the batch: what is missing is padding
 ) -> Batch:
     "A micro-batch, the same whatever the company of its samples."
-    texts = drawn.texts if isinstance(self.objective, Pairs) else plain(drawn.texts)
+    texts = drawn.texts if isinstance(self.objective, Pairs) else plain(drawn.texts, self.objective.pieces.tokenizer.eos_token_id if self.objective.marks else None)
     made = self.objective.batch(texts, rows, self.length, self.seed, drawn.epoch, np.array(drawn.numbers, np.int64))
     for name in SECOND:
         if name in made:
@@ -136,6 +136,10 @@ def batch(
 
 def plain(
     texts,  # int64 [b, n], or a list of samples
+    end=None,  # Id that ends a sample and goes, since the objective puts its own; None: samples stay whole
 ) -> list:
     "The ids alone."
-    return [np.asarray(text["input_ids"], np.int64) for text in texts] if isinstance(texts, list) else texts
+    if not isinstance(texts, list):
+        return texts
+    ids = [np.asarray(text["input_ids"], np.int64) for text in texts]
+    return [row[:-1] if len(row) and row[-1] == end else row for row in ids]

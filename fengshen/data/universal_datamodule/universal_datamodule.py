@@ -64,9 +64,13 @@ def bind(self: UniversalDataModule):
     if self.find_tokenizer() is None:
         raise ValueError(explain("an objective needs a tokenizer", None, "a folder or hub id", "set data.tokenizer to the one the corpus was written with"))
     self.choose_length(self.from_model("context"))
-    self.objective, self.packing, self.bound = self.objective.bind(self.tokenizer), False, True
-    self.settings |= dict(loss_on="last") if isinstance(self.objective, Pairs) else {}
+    self.objective, self.bound = self.objective.bind(self.tokenizer), True
     say(f"objective: {self.objective!r}, for a model of the kind {self.objective.model}")
+    self.packing = choice("packing", False, "an objective makes rows of its own")
+    if self.asked_row is not None:
+        say(f"data.row_length {self.asked_row} is not used: rows of an objective are max_length long")
+    if isinstance(self.objective, Pairs) and self.settings["loss_on"] != "last":
+        self.settings["loss_on"] = choice("loss_on", "last", "a pair has one answer, the last")
 
 
 @patch
@@ -204,7 +208,7 @@ def tasks(
 
 
 def _stops(self):
-    if self.objective is not None:
+    if self.objective is not None and not isinstance(self.objective, Pairs):
         return None
     if self.sets and all(isinstance(found, Corpora) for found in self.sets.values()):
         return None if self.tokenizer is None else [self.tokenizer.eos_token_id]
