@@ -9,10 +9,7 @@ __all__ = ['MARKS', 'CHINESE', 'without_marks', 'latin_words', 'answer_tokens', 
 import re
 from difflib import SequenceMatcher
 
-import torch
-from torchmetrics import Metric
-
-from .generation import with_references
+from .generation import TextMeans
 from ..utils.core import need
 
 # %% ../../nbs/api/metric/qa.ipynb #699a473d
@@ -60,33 +57,17 @@ def answer_f1(
     return 2 * run / (len(found) + len(wanted)) if run else 0.0
 
 # %% ../../nbs/api/metric/qa.ipynb #29347f26
-class AnswerScore(Metric):
-    "Exact match and F1 of answers, the best over each question's references; means over all questions, 0 to 1."
+class AnswerScore(TextMeans):
+    "Exact match and F1 of answers (an empty one for a question without an answer), the best over each question's references; means over all questions, 0 to 1."
 
-    is_differentiable = False
-    full_state_update = False
-    higher_is_better = True
+    names = ("exact_match", "f1")
 
-    def __init__(
-        self,
-        **kwargs,  # Passed to torchmetrics.Metric
-    ):
-        super().__init__(**kwargs)
-        self.add_state("sums", torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
-
-    def update(
-        self,
-        found,  # Answers; an empty one for a question without an answer
-        wanted,  # For each question a reference, or a list of them
-    ):
-        "Add a batch of questions."
-        for answer, references in with_references(found, wanted):
-            exact = any(without_marks(answer) == without_marks(reference) for reference in references)
-            self.sums += torch.tensor([exact, max(answer_f1(answer, reference) for reference in references)]).to(self.sums)
-            self.count += 1
+    def scores(self, text, references) -> list:
+        "Of one question."
+        exact = any(without_marks(text) == without_marks(reference) for reference in references)
+        return [float(exact), max(answer_f1(text, reference) for reference in references)]
 
     def compute(self) -> dict:
         "exact_match, f1 and their mean, which CMRC ranks by; the script prints them times 100. NaN without any question."
-        exact, f1 = (self.sums / self.count).float()
-        return dict(exact_match=exact, f1=f1, average=(exact + f1) / 2)
+        means = super().compute()
+        return means | dict(average=(means["exact_match"] + means["f1"]) / 2)

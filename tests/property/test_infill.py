@@ -7,12 +7,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from fengshen.data.cbart_dataloader import Infill, InfillCollator, InfillDataset, Signs, apply_edits, infill_corrupt, original_files, write_infill
-from fengshen.data.cbart_dataloader.corrupt import CHOICES, corrupt_flat
+from fengshen.data.cbart_dataloader.corrupt import CHOICES, corrupt_flat, signs_of
 from fengshen.data.cbart_dataloader.edits import NAMES, check_rows, first_wrong, sizes_after, skeleton
 from fengshen.data.cbart_dataloader.store import gone_on, rows_from
 from fengshen.data.mmap_dataloader.mmap_legacy import write_original
+from fengshen.models.bart import refinement
 
 settings.register_profile("house", deadline=None)
 settings.load_profile("house")
@@ -257,3 +261,13 @@ def test_stored_texts_go_through_the_loaders_dataset(tmp_path):
     batch, later = (found.batch(found.at([2, 0], epoch), 3) for epoch in (0, 5))
     made = infill.batch([rows[2], rows[0]], 3, 9, 4, 0, [2, 0])
     assert all(torch.equal(batch[name], made[name]) and torch.equal(later[name], made[name]) for name in made if torch.is_tensor(made[name]))
+
+
+@pytest.mark.parametrize("roles", [dict(cls_token="[CLS]", sep_token="[SEP]"), dict(bos_token="<s>", eos_token="</s>"), dict(cls_token="[CLS]", sep_token="[SEP]", eos_token="</s>"),
+                                   dict(cls_token="[CLS]", sep_token="[SEP]", bos_token="<s>", eos_token="</s>")])
+def test_data_and_model_take_the_same_signs(roles):
+    "What trains a CBART and what writes with it are two layers; both read the tokenizer."
+    words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "<s>", "</s>", *"天地玄黄"])}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, "[UNK]")), pad_token="[PAD]", unk_token="[UNK]", mask_token="[MASK]", **roles)
+    ours, theirs = signs_of(tokenizer), refinement.signs_of(tokenizer)
+    assert (ours.begin, ours.end, ours.mask, ours.pad) == (theirs.begin, theirs.end, theirs.mask, theirs.pad)
