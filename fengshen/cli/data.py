@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODEL', 'NUMBERS', 'TEXTS', 'FLAGS', 'FILTERS', 'data_module', 'show_parser', 'found', 'samples_text', 'overview',
-           'show_rows', 'show', 'report', 'run_verify', 'run_convert', 'run_data']
+           'numbers_of', 'show_task', 'show_rows', 'show', 'report', 'run_verify', 'run_convert', 'run_data']
 
 # %% ../../nbs/api/cli/data.ipynb #af466325
 import argparse
@@ -18,6 +18,7 @@ from .fit import make_cli, split_args
 from ..data import picture
 from ..data.mmap_dataloader.mmap_convert import TARGETS, convert
 from ..data.mmap_dataloader.mmap_verify import verify
+from ..data.masking.show import show as masked
 from ..data.universal_datamodule.corpora import Corpora
 from ..data.view import View
 from ..utils.core import explain, pick
@@ -110,16 +111,34 @@ def overview(view, width) -> str:
     return "\n".join([w["length"], picture.bars_text(*view.histogram(), width=width - 40), "", *picture.duplicate_lines(view.duplicates(), w)])
 
 # %% ../../nbs/api/cli/data.ipynb #rowscd01
+def numbers_of(
+    options,  # Parsed words
+    rows,  # How many rows there are
+) -> range:
+    "The rows that are asked for; other words than numbers are refused."
+    if asked := [name for name, value in vars(options).items() if value and name not in ("sample", "count", "split", "language")]:
+        raise ValueError(explain("rows of a tokenised corpus are shown by number", f"--{asked[0]}", "--sample NUMBER and --count HOW_MANY"))
+    first = options.sample or 0
+    return range(rows)[first : first + (options.count or 1)]
+
+
+def show_task(
+    options,  # Parsed words
+    rows,  # `Corrupted`: what an objective makes of texts
+) -> int:
+    "Print the text, the input and the labels of rows by number, as the first epoch has them."
+    if numbers := numbers_of(options, len(rows)):
+        print(masked(rows.batch(rows.at(numbers, 0), len(numbers)), len(numbers)))
+    return 0 if numbers else 1
+
+
 def show_rows(
     options,  # Parsed words
     corpora,  # Tokenised ones, cut into rows
     tokenizer,  # None shows ids
 ) -> int:
     "Print rows of tokenised corpora by number."
-    if asked := [name for name, value in vars(options).items() if value and name not in ("sample", "count", "split", "language")]:
-        raise ValueError(explain("rows of a tokenised corpus are shown by number", f"--{asked[0]}", "--sample NUMBER and --count HOW_MANY"))
-    first, count = options.sample or 0, options.count or 1
-    numbers = range(len(corpora))[first : first + count]
+    numbers = numbers_of(options, len(corpora))
     rows = corpora.batch(corpora.__getitems__(numbers), len(numbers))["input_ids"] if numbers else []
     for number, ids in zip(numbers, rows):
         print(f"row {number:,} of {len(corpora):,}: {len(ids):,} tokens\n{ids.tolist() if tokenizer is None else tokenizer.decode(ids)}")
@@ -132,6 +151,8 @@ def show(
 ) -> int:
     "Print what was asked for; 1 if no sample passes."
     module, split = data_module(words), options.split or "train"
+    if getattr(module, "objective", None) is not None:
+        return show_task(options, module.samples(split))
     if isinstance(module.sets.get(split), Corpora):
         return show_rows(options, module.sets[split], module.tokenizer)
     view = View(module, split, options.language or "en", words)

@@ -175,3 +175,12 @@ def test_pairs_end_where_the_template_does(folder, tmp_path, capsys):
     end = data.tokenizer.eos_token_id
     assert data.stops == [end] and sorted(batch["labels"][row][batch["labels"][row] != -100][-1].item() for row in range(3)) == [end] * 3
     assert torch.equal(batch["decoder_input_ids"][:, 1:][batch["labels"][:, 2:] != -100], batch["labels"][:, 1:-1][batch["labels"][:, 2:] != -100])
+
+
+def test_rows_can_be_looked_at_before_training(folder):
+    words = flags(settings(folder, "T5", **{"trainer.strategy": "auto"}))
+    status, out, err = here("data", "show", "-c", "demo", *words, "--sample", "3", "--count", "2")
+    assert status == 0 and out.count("target") == 2 and "<extra_id_0>" in out and "Batch: 2 x 32" in out, out + err
+    assert here("data", "show", "-c", "demo", *words, "--sample", "100000")[0] == 1
+    status, out, err = here("data", "show", "-c", "demo", *words, "--histogram")
+    assert status == 2 and "--sample NUMBER" in err
