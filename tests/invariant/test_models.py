@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 from fengshen.models.lora import LoRAConfig, add_lora, linear_layers
 from fengshen.utils.device import seeded
@@ -350,6 +351,19 @@ def test_another_vocabulary_is_refused(saved):
     case, folder = saved
     with pytest.raises(ValueError, match=r"\[60, 32\] in the file, \[70, 32\] in the model"):
         case.model.from_pretrained(folder, vocab_size=70)
+
+
+def test_another_vocabulary_is_refused_with_both_names_of_a_tied_weight(saved, tmp_path):
+    "As the originals' files have them; strict=False loads what fits."
+    case, folder = saved
+    shutil.copy(folder / "config.json", tmp_path)
+    state = {name: value.clone() for name, value in case.model.from_pretrained(folder).state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors", metadata=dict(format="pt"))
+    assert case.model.from_pretrained(tmp_path).config.vocab_size == 60
+    with pytest.raises(ValueError, match=r"\[60, 32\] in the file, \[70, 32\] in the model"):
+        case.model.from_pretrained(tmp_path, vocab_size=70)
+    loaded = case.model.from_pretrained(tmp_path, vocab_size=70, strict=False)
+    assert not any(p.is_meta for p in loaded.parameters()) and loaded.get_input_embeddings().num_embeddings == 70
 
 
 def test_a_truncated_file_is_refused(saved, tmp_path):

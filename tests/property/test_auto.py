@@ -330,6 +330,15 @@ def test_a_stock_body_has_to_fit(bert, change, wrong):
     assert any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
 
+def test_tied_weights_of_another_shape_are_refused(bert):
+    "transformers fails to compare two copies of a tied weight that both were left out."
+    edit_weights(bert, lambda w: w.update({"cls.predictions.decoder.weight": w["bert.embeddings.word_embeddings.weight"].clone()}))
+    auto.AutoModelForMaskedLM.from_pretrained(bert)
+    edit_weights(bert, lambda w: w.update({name: torch.zeros(41, 16) for name in w if w[name].shape == (40, 16)}))
+    with pytest.raises(ValueError, match="another shape than its config.json says: got 'vocab_size 40'"):
+        auto.AutoModelForMaskedLM.from_pretrained(bert)
+
+
 def test_heads_and_old_buffers_come_and_go(bert):
     edit_weights(bert, lambda w: w.update({"bert.embeddings.position_ids": torch.arange(32)[None], "cls.seq_relationship.weight": torch.zeros(2, 16)}))
     for head in ("AutoModel", "AutoModelForMaskedLM", "AutoModelForSequenceClassification", "AutoModelForPreTraining"):

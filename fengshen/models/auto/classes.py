@@ -155,7 +155,12 @@ def _load_stock(auto, place, path, seen, config, strict, args, kwargs):
     "A model of transformers whose body fits, and what was reported about loading."
     kwargs = dict(trust_remote_code=False) | kwargs
     sizes = kwargs.pop("ignore_mismatched_sizes", False)
-    model, info = _stock(auto, config).from_pretrained(place, *args, config=config, output_loading_info=True, ignore_mismatched_sizes=strict or sizes, **kwargs)
+    kind = _stock(auto, config)
+    try:
+        model, info = kind.from_pretrained(place, *args, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+    except NotImplementedError as e:  # transformers compares two copies of a tied weight, which it left without numbers
+        raise ValueError(explain(f"tied weights in {path} have another shape than its config.json says", f"vocab_size {getattr(config, 'vocab_size', None)}",
+                                 "the numbers the weights were made with", "correct vocab_size and the hidden size in config.json; the report above has the shapes")) from e
     wrong = unfit(model, info, seen.names, sizes) if strict else {}
     if wrong:
         raise ValueError(explain(

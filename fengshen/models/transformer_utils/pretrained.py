@@ -73,13 +73,22 @@ class CheckedModel(PreTrainedModel):
         "The model with the folder's weights; a `ValueError` names what does not fit."
         asked = kwargs.pop("ignore_mismatched_sizes", False)
         try:
-            model, info = super().from_pretrained(path, *args, ignore_mismatched_sizes=strict or asked, output_loading_info=True, **kwargs)
+            model, info = super().from_pretrained(path, *args, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs)
         except SafetensorError as e:
             raise ValueError(explain(f"a weights file in {path} cannot be read", str(e), "a whole safetensors file",
                                      "it was cut off or overwritten; copy or download it again")) from e
         if strict:
             refuse_unfit(cls, path, info, asked)
         return (model, info) if output_loading_info else model
+
+    def tie_weights(self, missing_keys=None, **kwargs):
+        "Tie what is one weight; where a file's two copies of it were left out for their shape, they count as missing."
+        if missing_keys is None:
+            return super().tie_weights(**kwargs)
+        empty = {name for name, p in self.named_parameters(remove_duplicate=False) if p.is_meta} - missing_keys
+        missing_keys |= empty  # transformers would compare the two, which have no numbers
+        super().tie_weights(missing_keys=missing_keys, **kwargs)
+        missing_keys -= empty
 
 # %% ../../../nbs/api/models/transformer_utils/pretrained.ipynb #28c9a842
 def refuse_unfit(
