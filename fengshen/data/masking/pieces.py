@@ -144,6 +144,7 @@ def word_starts(
     ids_bl,  # int64: tokens
     pieces,  # A `Vocabulary`
     jieba=False,  # True: Chinese words too
+    words_bl=None,  # bool: tokens that begin a Chinese word, as `chinese_starts` gives them; None: they are looked for
 ) -> np.ndarray:
     "bool [b, l]: the tokens that begin a word; marks are words by themselves."
     starts_bl = np.ones(ids_bl.shape, bool)
@@ -153,7 +154,7 @@ def word_starts(
         starts_bl[:, 1:] &= ~pieces.inner[after_bl] | pieces.special[before_bl]
     if jieba:
         marks_bl = pieces.special[ids_bl]
-        starts_bl &= chinese_starts(ids_bl, pieces) | marks_bl
+        starts_bl &= (chinese_starts(ids_bl, pieces) if words_bl is None else words_bl) | marks_bl
         starts_bl[:, 1:] |= marks_bl[:, :-1]
     return starts_bl
 
