@@ -124,7 +124,7 @@ def test_order_of_sentences():
     draws = Draws(3, 1, np.arange(MANY))
     at = split_places(rows, lengths, draws, PIECES)
     assert sure([(at == k).sum() for k in (2, 5, 7)], np.full(3, 1 / 3))
-    out, whole, types, order = paired(rows, lengths, len(text) + 5, draws, PIECES)
+    out, whole, types, order, _ = paired(rows, lengths, len(text) + 5, draws, PIECES)
     assert near(order.astype(float), 0.5) and set(whole) == {len(text) + 3}
     for k in range(50):
         seps = np.flatnonzero(out[k] == SEP)

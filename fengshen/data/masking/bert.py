@@ -25,11 +25,12 @@ def chosen_tokens(
     jieba=False,  # Chinese words too, not only their characters; needs fengshen[jieba]
     ngrams=1,  # Words in a row, at most
     favour="short",  # Which n-grams are likelier: "short", "long" or "geometric"
+    words_bl=None,  # bool: tokens that begin a Chinese word, where they are known
 ) -> np.ndarray:
     "bool [b, l]: the tokens that are to be guessed; never a mark."
     check_rate(rate)
     allowed_bl = real_bl & ~pieces.special[ids_bl]
-    starts_bl = word_starts(ids_bl, pieces, jieba) if whole_word else np.ones(ids_bl.shape, bool)
+    starts_bl = word_starts(ids_bl, pieces, jieba, words_bl) if whole_word else np.ones(ids_bl.shape, bool)
     if ngrams != 1:
         starts_bl = group_starts(starts_bl, ~allowed_bl, ngram_law(ngrams, favour), draws.bits("lengths", ids_bl.shape[1]))
     return chosen_spans(starts_bl, allowed_bl, rate, draws) & allowed_bl
@@ -95,11 +96,13 @@ def paired(
     width,  # Of the new rows: three more than the longest text
     draws,  # `Draws` of the rows
     pieces,  # A `Vocabulary`
+    words_bl=None,  # bool: tokens that begin a Chinese word; they move with the text
 ) -> tuple:
-    "(int64 [b, width]: [CLS] one part [SEP] the other [SEP], their lengths [b], token types [b, width], 1 where swapped, 0 where not, -100 where whole: [b])"
+    "(int64 [b, width]: [CLS] one part [SEP] the other [SEP], their lengths [b], token types [b, width], 1 where swapped, 0 where not, -100 where whole: [b], words [b, width])"
     lengths_b = np.asarray(lengths_b, np.int64)
     at_b = split_places(ids_bl, lengths_b, draws, pieces)
     two_b = at_b < lengths_b
     swap_b = two_b & (draws.bits("swap", 1)[:, 0] >> np.uint64(63) == 1)
     out, whole_b, types_bl = two_parts(ids_bl, lengths_b, at_b, swap_b, width, pieces)
-    return out, whole_b, types_bl, np.where(two_b, swap_b, -100).astype(np.int64)
+    words_bl = None if words_bl is None else two_parts(words_bl, lengths_b, at_b, swap_b, width, pieces)[0] > 0
+    return out, whole_b, types_bl, np.where(two_b, swap_b, -100).astype(np.int64), words_bl
