@@ -209,6 +209,13 @@ def __iter__(self: GlobalBatchSampler):
         self.advance()
         yield window
 
+# %% ../../nbs/api/data/sampler.ipynb #4adcd63e
+def _steps_done(self) -> int:
+    return self.epoch * self.steps_per_epoch + self.consumed // self.global_batch
+
+
+GlobalBatchSampler.steps_done = property(_steps_done, doc="Optimizer steps before the current window, over all epochs.")
+
 # %% ../../nbs/api/data/sampler.ipynb #3c59dc04
 @patch
 def state_dict(self: GlobalBatchSampler) -> dict:
@@ -249,9 +256,10 @@ class TrainLoader:
         sampler,  # GlobalBatchSampler over it
         collate,  # List of samples, or what __getitems__ gives -> Batch; an empty list -> an empty batch
         pin=False,  # True: batches in pinned memory, for a GPU
+        fold=None,  # A function: optimizer steps before this one -> in how many parts each row is cut, which `collate` gets as `fold`; None: rows stay whole
     ):
         assert sampler.items == len(dataset), (sampler.items, len(dataset))
-        self.dataset, self.sampler, self.collate, self.pin = dataset, sampler, collate, pin
+        self.dataset, self.sampler, self.collate, self.pin, self.fold = dataset, sampler, collate, pin, fold
         self.waited = 0.0  # seconds
 
     def __len__(self) -> int:
@@ -297,9 +305,10 @@ def step(
 ) -> list:
     "The batches of the current window, with `step_labels`, `numbers` and `unlabelled`."
     sampler, batches = sampler or self.sampler, []
+    cut = {} if self.fold is None else dict(fold=self.fold(sampler.steps_done))
     for micro in sampler.window():
         items, samples = self.named(micro, sampler.epoch)
-        batches.append(self.collate(items))
+        batches.append(self.collate(items, **cut))
         batches[-1]["numbers"] = frozenset(number for number, _ in samples)
         batches[-1]["unlabelled"] = frozenset(number for number, sample in samples if not labelled(sample))
     counts = {"step_" + name.removeprefix("num_"): sum(b[name] for b in batches) for name in batches[0] if name.startswith("num_")}

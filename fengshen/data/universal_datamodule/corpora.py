@@ -22,6 +22,7 @@ from ..mmap_dataloader.mmap_index_dataset import MMapIndexDataset
 from ..packing import PackedCorpus
 from ..reading import StoredWindows
 from ..sampler import Order
+from .length_warmup import pieces
 from ...utils.core import explain, patch, pick
 
 # %% ../../../nbs/api/data/universal_datamodule/corpora.ipynb #9ae7fac9
@@ -180,15 +181,18 @@ def batch(
     found,  # What `__getitems__` gave; an empty list for no rows
     rows,  # Rows of the batch: what is missing is padding
     tokenizer=None,  # For the picture only
+    fold=1,  # Parts that each window is cut in
 ) -> Batch:
-    "A micro-batch, always of the same shape."
+    "A micro-batch, always of the same shape for a `fold`."
     if self.cut == "packed":
         count = len(found["input_ids"]) if len(found) else 0
         empty = [empty_batch(self.pad_id, self.length, packed=True)] * (rows - count)
         whole = joined([found][: bool(count)] + empty, torch.arange(rows), self.length) if empty else found
         whole.tokenizer = tokenizer
         return whole
-    return window_rows(found, rows, self.length, self.pad_id, tokenizer)
+    short = self.length // fold
+    parts = pieces(found, fold, short + 1, shared=1) if len(found) and fold > 1 else found
+    return window_rows(parts, rows * fold, short, self.pad_id, tokenizer)
 
 
 @patch

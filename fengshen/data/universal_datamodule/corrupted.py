@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from ..batch import Batch, finish
-from ..masking.objectives import Objective
+from ..masking.objectives import Causal, Objective
 from ..sampler import fetched
+from .length_warmup import piece_numbers, pieces
 from ...utils.core import explain, patch
 
 # %% ../../../nbs/api/data/universal_datamodule/corrupted.ipynb #f9653368
@@ -123,10 +124,13 @@ def batch(
     self: Corrupted,
     drawn,  # What `at` gave
     rows,  # Rows of the batch: what is missing is padding
+    fold=1,  # Parts that each text of a corpus is cut in
 ) -> Batch:
     "A micro-batch, the same whatever the company of its samples."
     texts = drawn.texts if isinstance(self.objective, Pairs) else plain(drawn.texts, self.objective.pieces.tokenizer.eos_token_id if self.objective.marks else None)
-    made = self.objective.batch(texts, rows, self.length, self.seed, drawn.epoch, np.array(drawn.numbers, np.int64))
+    if fold > 1 and len(texts):
+        texts = pieces(texts, fold, *self.part(texts.shape[1], fold))
+    made = self.objective.batch(texts, rows * fold, self.length // fold, self.seed, drawn.epoch, piece_numbers(drawn.numbers, fold))
     for name in SECOND:
         if name in made:
             made.setdefault("num_second", int((made[name] != -100).sum()))
@@ -143,3 +147,25 @@ def plain(
         return texts
     ids = [np.asarray(text["input_ids"], np.int64) for text in texts]
     return [row[:-1] if len(row) and row[-1] == end else row for row in ids]
+
+# %% ../../../nbs/api/data/universal_datamodule/corrupted.ipynb #f3e97bbe
+@patch
+def part(
+    self: Corrupted,
+    tokens,  # Of a text
+    fold,  # Parts
+) -> tuple:
+    "(tokens of a part, tokens that two neighbours share)."
+    shared = int(isinstance(self.objective, Causal))  # the label of the last token
+    return min(self.objective.source_length(self.length // fold), (tokens - shared) // fold + shared), shared
+
+
+@patch
+def left_out(
+    self: Corrupted,
+    fold,  # Parts
+) -> int:
+    "Tokens of a whole text that are in none of its parts."
+    tokens = self.objective.source_length(self.length)
+    size, shared = self.part(tokens, fold)
+    return tokens - shared - fold * (size - shared)

@@ -14,9 +14,11 @@ import torch
 from ..cbart_dataloader.objective import Infill  # noqa: F401  a recipe may name it in short
 from ..masking.objectives import Objective
 from ..megatron_dataloader.splits import parse_split
+from ..sampler import TrainLoader
 from ..task_dataloader.datamodule import ConversationDataModule, needed
 from .corpora import Corpora, named_corpora
 from .corrupted import Corrupted, Pairs
+from .length_warmup import LengthWarmup
 from ...utils.core import choice, explain, patch, say
 
 # %% ../../../nbs/api/data/universal_datamodule/universal_datamodule.ipynb #a6c7a2f1
@@ -31,11 +33,12 @@ class UniversalDataModule(ConversationDataModule):
         corpus: str = "windows",  # How a tokenised corpus is cut: windows; megatron (its order, from .bin and .idx); packed (whole documents, no attention between them)
         split: str | None = None,  # Shares of a tokenised corpus for train, valid and test, such as 969,30,1
         objective: Objective | None = None,  # What is learned from texts: Bert, T5, Bart, Pegasus, UniLM, Infill, Pairs; None: the next token
+        length_warmup: LengthWarmup | None = None,  # Rows of a tokenised corpus are short at first: `start` tokens, whole after `steps` optimizer steps; None: whole from the first step
         **settings,  # Those of `ConversationDataModule`
     ):
         super().__init__(train, valid, **settings)
         self.test, self.corpus, self.split, self.objective = test, corpus, split, objective
-        self.limits["test"], self.bound = None, False
+        self.limits["test"], self.bound, self.length_warmup = None, False, length_warmup
 
 # %% ../../../nbs/api/data/universal_datamodule/universal_datamodule.ipynb #8453ce20
 UniversalDataModule.splits = ("train", "valid", "test")
@@ -46,6 +49,8 @@ def setup(self: UniversalDataModule, stage=None):
     "Open the corpora that this stage needs; whatever else is named is read as conversations."
     if self.objective is not None:
         self.bind()
+    if self.length_warmup is not None and self.train is not None and needed("train", stage) and "train" not in self.sets:
+        self.begin_warmup()
     for split in self.splits:
         paths, weights = named_corpora(getattr(self, split))
         if paths is not None and split not in self.sets and needed(split, stage):
@@ -165,6 +170,47 @@ def order(self: UniversalDataModule):
 def test_dataloader(self: UniversalDataModule):
     "The loader of the test data in stored order, or none."
     return self.eval_dataloader("test")
+
+# %% ../../../nbs/api/data/universal_datamodule/universal_datamodule.ipynb #c540160c
+@patch
+def begin_warmup(self: UniversalDataModule):
+    "Say how long rows will be; a `ValueError` for data whose rows cannot be cut."
+    if self.corpus == "packed" or named_corpora(self.train)[0] is None:
+        got = "data.corpus: packed" if self.corpus == "packed" else self.train
+        raise ValueError(explain("a length warm-up cuts windows of a tokenised corpus", got, "a tokenised corpus in data.train, and data.corpus: windows or megatron",
+                                 "leave data.length_warmup out, or tokenise the texts: fengshen preprocess"))
+    self.find_tokenizer()
+    self.choose_length(self.from_model("context"))
+    plan = self.length_warmup.tell(self.row_length)
+    lost = 0 if self.objective is None else self.lost_to_marks()
+    say(plan)
+    if lost:
+        say(f"  the marks of more rows take the place of {lost} of the {self.objective.source_length(self.max_length):,} tokens of a text at first, fewer as rows grow")
+    steps = getattr(self.trainer, "max_steps", -1)
+    if 0 < steps <= self.length_warmup.steps:
+        say(f"the run ends at step {steps:,}, before rows are whole: lower data.length_warmup.steps")
+
+
+@patch
+def lost_to_marks(self: UniversalDataModule) -> int:
+    "Tokens of a text that the first, shortest rows leave out; a `ValueError` where a row has no room for any."
+    try:
+        room = self.objective.source_length(self.length_warmup.start)
+    except ValueError:
+        room = 0
+    if room < 1:
+        raise ValueError(explain("the first rows have no room for a text", self.length_warmup.start, f"more tokens than the marks of {type(self.objective).__name__}",
+                                 "raise data.length_warmup.start"))
+    return Corrupted(None, self.objective, self.max_length).left_out(self.length_warmup.parts(0, self.max_length))
+
+
+@patch
+def train_dataloader(self: UniversalDataModule) -> TrainLoader:
+    "The training loader; its position, saved in every checkpoint, also says how long rows are."
+    loader = ConversationDataModule.train_dataloader(self)
+    if self.length_warmup is not None:
+        loader.fold = partial(self.length_warmup.parts, length=self.row_length)
+    return loader
 
 # %% ../../../nbs/api/data/universal_datamodule/universal_datamodule.ipynb #9b67e7e7
 BEGINNING = 32  # tokens
