@@ -14,9 +14,10 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 
+from ..metric.throughput import batch_flops, model_work
 from .module import follow_schedule
 from ..utils.core import patch, say
-from ..utils.device import host_memory, memory
+from ..utils.device import host_memory, memory, peak_flops
 
 # %% ../../nbs/api/training/callbacks.ipynb #1679091c
 def at_step_end(trainer, batch_idx) -> bool:
@@ -57,7 +58,8 @@ class Recorder(pl.Callback):
         "Open the record."
         now = time.monotonic()
         self.started, self.last = now - self.earlier, (now, self.tokens(trainer, module), trainer.global_step)
-        self.waited = waited(trainer)
+        self.waited, self.peak = waited(trainer), peak_flops(getattr(trainer, "precision", None))
+        self.work = model_work(module.model) if self.peak else None
         self.file = open_record(self.dir / "metrics.jsonl") if trainer.is_global_zero else None
         if trainer.is_global_zero and hasattr(getattr(trainer, "datamodule", None), "write_report"):
             trainer.datamodule.write_report(self.dir)
@@ -81,7 +83,8 @@ def on_train_batch_end(self: Recorder, trainer, module, outputs, batch, batch_id
     figures = module.step_figures()
     record = dict(step=trainer.global_step, split="train", loss=figures["loss"], lr=self.lr, grad_norm=figures["grad_norm"])
     record |= dict(tokens=figures["tokens"], fill=round(figures["fill"], 4))
-    self.write(trainer, record | self.pace(trainer, figures["tokens"]))
+    record |= self.pace(trainer, figures["tokens"])
+    self.write(trainer, record | self.utilisation(trainer, module, batch, record["tokens_per_second"]))
 
 # %% ../../nbs/api/training/callbacks.ipynb #d3d94468
 @patch
@@ -96,6 +99,15 @@ def pace(self: Recorder, trainer, tokens):
     data_wait = {} if self.waited is None else dict(data_wait=round(min(1.0, (self.waited - was) / max(now - then, 1e-9)), 4))
     return dict(time=round(now - self.started, 3), tokens_per_second=round((tokens - before) / max(now - then, 1e-9), 1),
                 memory_gib=round(held / 2**30, 3), eta_seconds=None if left is None else round(left, 1), **data_wait)
+
+
+@patch
+def utilisation(self: Recorder, trainer, module, batch, tokens_per_second) -> dict:
+    "The model FLOPs utilisation (MFU) of all devices at this speed; nothing where the device's peak is not known."
+    if self.work is None:
+        return {}
+    needed = batch_flops(self.work, module.model.config, batch, causal=module.kind == "causal")
+    return dict(mfu=round(tokens_per_second * needed / (self.peak * trainer.world_size), 4))
 
 # %% ../../nbs/api/training/callbacks.ipynb #c20ad4d7
 @patch

@@ -41,6 +41,7 @@ SHOWN = dict(
     token_accuracy=lambda v: f"accuracy {v:.1%}",
     lr=lambda v: f"lr {v:.2e}",
     tokens_per_second=lambda v: f"{number_text(v)} tokens/s",
+    mfu=lambda v: f"MFU {v:.1%}",
     memory_gib=lambda v: f"{v:.1f} GiB",
     eta_seconds=lambda v: f"ETA {duration(v)}",
     fill=lambda v: f"fill {v:.1%}",
