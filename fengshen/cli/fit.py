@@ -36,11 +36,14 @@ def split_args(
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("-c", "--config", action="append", default=[])
     parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--size")
     known, rest = parser.parse_known_args(args)
     settings, name = {}, None
     for config in known.config:
-        recipe = recipes.read_recipe(config, known.smoke)
+        recipe = recipes.read_recipe(config, known.smoke, known.size)
         settings, name = recipes.merge(settings, recipe), recipe.name
+    if known.size and not known.config:
+        raise ValueError(explain("a size is one of a recipe's", known.size, "a recipe with sizes (-c RECIPE --size NAME)", "name the recipe too"))
     return one_source(settings, rest), name, rest
 
 

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['EXTRA_KEYS', 'CHECKPOINT_KEYS', 'GUARD_KEYS', 'UNKNOWN', 'add_run_keys', 'better_error', 'QuietParser', 'comments',
-           'add_help', 'FengshenCLI']
+           'add_help', 'world_of', 'estimate_settings', 'row_length', 'place', 'validate_every', 'FengshenCLI']
 
 # %% ../../nbs/api/cli/lightning.ipynb #c81e728d
 import dataclasses
 import inspect
 import io
+import os
 import re
 import textwrap
 import tokenize
@@ -22,10 +23,14 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 
 from ..data.masking.objectives import Objective
+from ..models import auto
+from ..models.loading import config_from
+from ..training.kinds import KINDS
 from ..training.launch import check_launch
+from ..training.placement import Step, accumulation, plan, steps_for
 from ..training.trainer import make_loggers, strategy_for, trainer_defaults
-from ..utils.device import default_precision
-from ..utils.core import Explained, explain, nearest, pick
+from ..utils.device import default_precision, device_count, room
+from ..utils.core import Explained, choice, explain, load_name, nearest, pick
 
 # %% ../../nbs/api/cli/lightning.ipynb #a87ff679
 EXTRA_KEYS = dict(  # key: (type, default, help)
@@ -35,6 +40,9 @@ EXTRA_KEYS = dict(  # key: (type, default, help)
     accept_changes=(bool, False, "Go on even if settings or data are not those of the saved run"),
     export=(bool, True, "Write and verify the Hugging Face folder at the end"),
     loggers=(list[str], [], "Loggers drawn from the record: tensorboard, wandb, swanlab"),
+    global_batch=(int, None, "Rows of an optimizer step, over all devices; accumulation follows, and where data.micro_batch is null that too"),
+    valid_every=(int, None, "Validate after so many optimizer steps; sets trainer.val_check_interval, which counts micro-batches"),
+    max_tokens=(float, None, "Stop when the run has computed so many tokens, padding counted; sets trainer.max_steps"),
     module=(str, None, "Dotted name of the LightningModule class that `model` configures"),
     datamodule=(str, None, "Dotted name of the LightningDataModule class that `data` configures"),
 )
@@ -126,6 +134,75 @@ def add_help(
         if dataclasses.is_dataclass(parameter.annotation):
             add_help(parser, f"{group}.{name}", parameter.annotation)
 
+# %% ../../nbs/api/cli/lightning.ipynb #eaa0ccf9
+def world_of(
+    trainer,  # The section `trainer`
+) -> int:
+    "Processes of a run on all machines."
+    devices = trainer["devices"]
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    here = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdigit() else device_count() if trainer["accelerator"] != "cpu" else 1
+    return here * trainer["num_nodes"]
+
+
+def estimate_settings(
+    config,  # The parsed settings
+) -> dict:
+    "Arguments of `estimate` for a run's model."
+    model, objective = config["model"], config["data"].get("objective")
+    kind = load_name(objective["class_path"])(**objective.as_dict().get("init_args", {})).model if objective else "causal"
+    return dict(config=config_from(model["config"] or model["path"], model["hub"]), auto=getattr(auto, KINDS[kind].auto), precision=config["trainer"]["precision"],
+                attention="eager" if model["attention"] == "eager" else "auto", lora=model["lora"]["r"] if model.get("lora") else None, nodes=config["trainer"]["num_nodes"])
+
+
+def row_length(
+    config,  # The parsed settings
+    found,  # The model's configuration
+) -> int:
+    "Tokens of a row: data.max_length, or the model's positions."
+    length = config["data"].get("max_length") or getattr(found, "max_position_embeddings", None)
+    if length is None:
+        raise ValueError(explain("nobody says how long a row is", None, "data.max_length", "set it"))
+    return length
+
+
+def place(
+    config,  # The parsed settings; changed
+):
+    "Fill in what `by_memory` and null leave open, accumulation, and the steps of a budget of tokens."
+    data, trainer, model = config["data"], config["trainer"], config["model"]
+    strategy = None if trainer["strategy"] == "by_memory" else trainer["strategy"]
+    open_micro, budget = "micro_batch" in data and data["micro_batch"] is None, config["max_tokens"]
+    if config["global_batch"] is None and budget is None and not open_micro and strategy is not None:
+        return
+    if config["global_batch"] is None and (open_micro or strategy is None):
+        raise ValueError(explain("data.micro_batch null and trainer.strategy by_memory follow from the rows of a step", "no global_batch", "global_batch: 256, or another number", "set global_batch, or micro_batch and strategy"))
+    settings, processes = estimate_settings(config), world_of(trainer)
+    rows = config["global_batch"] or data["micro_batch"] * processes * trainer["accumulate_grad_batches"]
+    step = Step(rows, row_length(config, settings["config"]), processes)
+    if open_micro or strategy is None:
+        space = 0 if trainer["accelerator"] == "cpu" else room()
+        found = plan(step, space, settings, strategy, model.get("gradient_checkpointing"), data["micro_batch"])
+        trainer["strategy"] = choice("strategy", found.strategy, found.why) if strategy is None else strategy
+        data["micro_batch"] = choice("micro_batch", found.micro_batch, found.why)
+        if model.get("gradient_checkpointing", False) is None:
+            model["gradient_checkpointing"] = choice("gradient_checkpointing", found.checkpointing, found.why)
+    trainer["accumulate_grad_batches"] = accumulation(step, data["micro_batch"], trainer["accumulate_grad_batches"])
+    if budget is not None:
+        trainer["max_steps"] = steps_for(budget, step, trainer["max_steps"])
+
+
+def validate_every(
+    config,  # The parsed settings; changed
+):
+    "Count `valid_every` in micro-batches, as Lightning does."
+    trainer, steps = config["trainer"], config["valid_every"]
+    if steps is not None:
+        if steps < 1:
+            raise ValueError(explain("valid_every is too small", steps, "at least 1 optimizer step", "leave it out to validate at the end of every epoch"))
+        trainer["val_check_interval"], trainer["check_val_every_n_epoch"] = steps * trainer["accumulate_grad_batches"], None
+
 # %% ../../nbs/api/cli/lightning.ipynb #c20ad4d7
 class FengshenCLI(LightningCLI):
     "Parses a recipe and builds model, data and trainer; running them is the caller's."
@@ -159,12 +236,16 @@ class FengshenCLI(LightningCLI):
 
     def before_instantiate_classes(self):
         "Refuse a launcher that does not fit, and fill in the precision when nobody asked for one."
+        if isinstance(self.config["model"].get("config"), dict):  # a flag such as --model.config.hidden_size 512 is a text
+            self.config["model"]["config"] = {k: yaml.safe_load(v) if isinstance(v, str) else v for k, v in self.config["model"]["config"].items()}
         check_launch(self.config["trainer"]["devices"], self.config["trainer"]["num_nodes"])
         accelerators = ("auto", "gpu", *AcceleratorRegistry.available_accelerators())
         if isinstance(self.config["trainer"]["accelerator"], str):
             pick("accelerator", self.config["trainer"]["accelerator"], {n: n for n in accelerators})
         if self.config["trainer"]["precision"] is None:
             self.config["trainer"]["precision"] = default_precision()
+        place(self.config)
+        validate_every(self.config)
 
     def parse_arguments(self, parser, args):
         "Parse words given by us, whatever started this process."

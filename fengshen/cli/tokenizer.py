@@ -34,7 +34,7 @@ class Texts:
     def __init__(
         self,
         data,  # A list of those
-        field=None,  # Name of the field with the text, several with commas between; None: the usual names
+        field=None,  # Name of the field with the text, several with commas between: of each record the first that it has; None: the usual names
         documents=None,  # What a document is in plain text: line, blank or file
         on_bad_line="error",  # error, or skip: leave out what is no document
     ):
@@ -120,7 +120,7 @@ def add_texts(
     "Words for what is read."
     words = "files, folders, patterns or a dataset's id: .jsonl, .txt, .parquet, .arrow, .csv, .json, perhaps with .gz, .xz, .bz2 or .zst after it"
     parser.add_argument(*(["texts"] if many else ["--texts"]), nargs="+", help=words, **({} if many else dict(default=None)))
-    parser.add_argument("--field", help="name of the field with the text, several with commas between; without it the usual names")
+    parser.add_argument("--field", help="name of the field with the text, several with commas between: of each record the first that it has; without it the usual names")
     parser.add_argument("--documents", help="what a document is in a .txt file: " + ", ".join(f"{name} ({words})" for name, words in DOCUMENTS.items()))
     parser.add_argument("--on_bad_line", default="error", help="error, or skip")
 

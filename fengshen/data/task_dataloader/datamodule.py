@@ -39,7 +39,7 @@ class ConversationDataModule(LightningDataModule):
         on_bad_line: str = "error",  # A line that is no conversation: "error" or "skip"
         packing: bool = True,  # Several conversations in a row, without attention between them; False pads each
         row_length: int | None = None,  # Tokens of a packed row: longer rows are fuller, 4 x max_length is above 99% on most data; None: max_length
-        micro_batch: int = 8,  # Rows that one process computes at once: lower it when memory runs out
+        micro_batch: int | None = 8,  # Rows that one process computes at once: lower it when memory runs out; null: what fits, where global_batch says what a step is
         valid_micro_batch: int | None = None,  # The same for validation; None: micro_batch
         seed: int = 42,  # The order of every epoch follows from it
         limit_train: int | None = None,  # Read only the first so many conversations

@@ -39,7 +39,7 @@ def find(
 
 
 def read_config(
-    place,  # A folder, or a config.json
+    place,  # A folder, or a config.json; None: what is seen is all there is
     seen,  # What is seen there
     family,  # What it was recognised as, or None
     **fields,  # Fields to set, and what else transformers takes here
@@ -48,9 +48,9 @@ def read_config(
     from transformers import CONFIG_MAPPING, AutoConfig
 
     if not family and seen.kind not in CONFIG_MAPPING and "auto_map" not in seen.values:
-        raise ValueError(explain(f"{place} does not name an architecture transformers knows", seen.kind or None, "a key model_type such as 'gpt2' or 'llama'"))
+        raise ValueError(explain(f"{place or 'the configuration'} does not name an architecture transformers knows", seen.kind or None, "a key model_type such as 'gpt2' or 'llama'"))
     trusted = fields.pop("trust_remote_code", False)
-    if Path(place).is_file() or family and seen.values.get("fengshen_model_type"):  # what is declared counts more than the model type
+    if place is None or Path(place).is_file() or family and seen.values.get("fengshen_model_type"):  # what is declared counts more than the model type
         kind = config_class(family) if family else CONFIG_MAPPING[seen.kind]
         return kind.from_dict(dict(seen.values, model_type=kind.model_type), **fields)
     return config_class(family).from_pretrained(place, **fields) if family else AutoConfig.from_pretrained(place, trust_remote_code=trusted, **fields)
