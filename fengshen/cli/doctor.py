@@ -21,7 +21,7 @@ from functools import partial
 
 from rich.console import Console
 
-from . import checks, rehearsal
+from . import checks, corpora, rehearsal
 from .checks import Case, Finding, Waiting, failed
 from ..utils.charts import table_html
 from ..utils.core import patch
@@ -33,11 +33,11 @@ CHECKS = dict(
     compiler=(checks.compiler, "train without DeepSpeed (trainer.strategy auto), or install g++ and ninja"),
     model=(checks.model, "name a folder that transformers can load, or a config.json"),
     tokenizer=(checks.tokenizer, "set data.tokenizer to a folder that transformers can load"),
-    data=(checks.data, 'data.train is a file of lines {"question": "...", "answer": "..."}'),
-    lengths=(checks.lengths, "set data.on_long, or raise data.max_length"),
-    vocabulary=(checks.vocabulary, "take the tokenizer of the model"),
+    data=(corpora.data, 'data.train is a file of lines {"question": "...", "answer": "..."}, or a corpus that fengshen preprocess wrote'),
+    lengths=(corpora.rows, "set data.on_long, or raise data.max_length"),
+    vocabulary=(corpora.vocabulary, "take the tokenizer of the model"),
     context=(checks.context, "lower data.max_length"),
-    labels=(checks.labels, "see data.template and data.loss_on"),
+    labels=(corpora.labels, "see data.template and data.loss_on, or the settings of data.objective"),
     folder=(checks.folder, "choose another --run_dir"),
     step=(rehearsal.step, "run fengshen fit with --trainer.max_steps 1 to see where it comes from"),
     checkpoint=(rehearsal.checkpoint, "see the disk of --run_dir"),

@@ -12,7 +12,7 @@ import math
 import tempfile
 from pathlib import Path
 
-from .checks import Finding
+from .checks import Finding, auto_of
 from ..utils.core import explain
 
 # %% ../../nbs/api/cli/rehearsal.ipynb #e4da3b7f
@@ -32,28 +32,29 @@ def small_config(
     "A config of the same architecture and vocabulary with few layers and a narrow width."
     layers, heads = layers_to_keep(config), getattr(config, "num_attention_heads", HEADS)
     groups = max(1, heads // (getattr(config, "num_key_value_heads", None) or heads))
-    wanted = dict(hidden_size=WIDTH, num_hidden_layers=layers, num_attention_heads=HEADS, num_key_value_heads=max(1, HEADS // groups), intermediate_size=2 * WIDTH, moe_intermediate_size=WIDTH,
+    sides = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in dict(layers=layers, attention_heads=HEADS, ffn_dim=2 * WIDTH).items()}
+    wanted = sides | dict(d_model=WIDTH, embedding_size=WIDTH, num_layers=layers, num_decoder_layers=layers, num_heads=HEADS, d_kv=HEAD, d_ff=2 * WIDTH, hidden_size=WIDTH, num_hidden_layers=layers, num_attention_heads=HEADS, num_key_value_heads=max(1, HEADS // groups), intermediate_size=2 * WIDTH, moe_intermediate_size=WIDTH,
                   head_dim=HEAD, rotary_dim=HEAD, n_inner=2 * WIDTH, ffn_dim=2 * WIDTH, word_embed_proj_dim=WIDTH, num_experts_per_tok=2, **dict.fromkeys(FEW, 4))
     values = config.to_dict()
     if "qk_rope_head_dim" in values:  # latent attention: its heads have several widths, which belong together
         del wanted["head_dim"]
     names = {getattr(config, "attribute_map", {}).get(name, name): value for name, value in wanted.items()}
     smaller = {name: value for name, value in names.items() if values.get(name) is not None}
-    if values.get("layer_types"):
-        smaller["layer_types"] = values["layer_types"][:layers]
+    smaller |= {name: values[name][:layers] for name in ("layer_types", "attention_window") if isinstance(values.get(name), list)}
     return type(config).from_dict(values | smaller)
 
 # %% ../../nbs/api/cli/rehearsal.ipynb #c9f0f895
 def why_not_small(
     config,  # What `small_config` returned
+    auto=None,  # Class of `fengshen.models.auto` that makes the model; None: of causal ones
 ) -> str:
     "Why the small model cannot compute, or an empty string when it can."
-    import torch
-    from transformers import AutoModelForCausalLM
+    from fengshen.models.auto import AutoModelForCausalLM
+    from fengshen.training.kinds import probe, scores_of
 
     try:
-        model = AutoModelForCausalLM.from_config(config)
-        model(input_ids=torch.zeros(1, 4, dtype=torch.long), use_cache=False).logits.sum().backward()
+        model = (auto or AutoModelForCausalLM).from_config(config)
+        scores_of(model(**probe(model))).sum().backward()
     except Exception as e:  # it is the small model that is examined here, and nothing of the user's
         return f"{type(e).__name__}: {str(e).strip().splitlines()[0]}"
     return ""
@@ -78,7 +79,7 @@ def smaller(
         "run_dir": str(folder / "run"), "overwrite": False, "resume": "never", "ckpt_path": None, "export": False, "loggers": [],
         "model.path": None, "model.config": str(folder / "config.json"), "model.compile": False, "model.samples": 0,
         "model.optimizer.kind": "auto", "model.schedule.kind": "constant", **{f"model.schedule.{key}": value for key, value in SCHEDULE.items()},
-        "data.tokenizer": str(folder / "tokenizer"), "data.max_length": length, "data.row_length": None, "data.micro_batch": min(ROWS, case.data.micro_batch), "data.limit_train": PAIRS, "data.valid": None,
+        "data.tokenizer": str(folder / "tokenizer"), "data.max_length": length, "data.row_length": None, "data.length_warmup": None, "data.micro_batch": min(ROWS, case.data.micro_batch), "data.limit_train": PAIRS, "data.valid": None,
         "data.on_bad_line": "skip", "data.on_long": "truncate" if on_long in ("error", "drop") else on_long,
         "trainer.strategy": "auto", "trainer.devices": 1, "trainer.num_nodes": 1, "trainer.max_steps": 1, "trainer.max_time": None, "trainer.accumulate_grad_batches": 1, "trainer.log_every_n_steps": 1,
         "trainer.limit_val_batches": 0, "trainer.val_check_interval": None, "trainer.check_val_every_n_epoch": 1,
@@ -99,7 +100,7 @@ def step(case) -> Finding:
     from fengshen.cli.fit import prepare, run_fit, words
 
     case.sets  # without samples there is no step; why, the check of lengths has told
-    wrong = why_not_small(small_config(case.config))
+    wrong = why_not_small(small_config(case.config), auto_of(case))
     if wrong:
         return Finding("warn", f"this architecture could not be made small, so nothing was rehearsed ({wrong})", "run fengshen fit with --trainer.max_steps 1")
     folder = Path(tempfile.mkdtemp(dir=case.folder))  # one for each rehearsal

@@ -5,6 +5,7 @@ import shutil
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -304,6 +305,113 @@ def test_a_finished_run_in_the_folder_is_told(tmp_path):
     assert found.ok and found.findings["folder"].status == "warn" and (tmp_path / "run" / "summary.json").exists()
 
 
+# Corpora and objectives
+
+CHARACTERS = "白日依山尽黄河入海流欲穷千里目更上一层楼床前明月光疑是地霜举头望低思故乡，。"
+LINES = ["白日依山尽，黄河入海流。", "欲穷千里目，更上一层楼。", "床前明月光，疑是地上霜。", "举头望明月，低头思故乡。"]
+SIDES = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in dict(layers=3, attention_heads=2, ffn_dim=32).items()}
+SHAPES = dict(
+    bert=dict(model_type="bert", hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32),
+    t5=dict(model_type="fengshen-megatron-t5", d_model=16, d_kv=8, d_ff=32, num_layers=3, num_heads=2, decoder_start_token_id=0),
+    bart=dict(model_type="fengshen-bart", d_model=16, bos_token_id=2, decoder_start_token_id=3, forced_eos_token_id=3, **SIDES),
+    roformer=dict(model_type="fengshen-roformer", hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32),
+    roberta=dict(model_type="roberta", hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32),
+    gpt2=dict(model_type="gpt2", n_embd=16, n_layer=3, n_head=2),
+)
+
+
+def characters(folder, sentinels=20, order=1):
+    "A tokenizer of characters with marks for every objective, saved in a folder; of another order, it has other ids."
+    from transformers import BertTokenizer
+
+    marks = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"<extra_id_{i}>" for i in range(sentinels))]
+    made = BertTokenizer(vocab={word: i for i, word in enumerate([*marks, *dict.fromkeys(CHARACTERS[::order])])}, eos_token="[SEP]", additional_special_tokens=marks[5:])
+    made.save_pretrained(folder)
+    return made
+
+
+def corpus(folder, tokenizer, texts, end=True):
+    "The path of a tokenised corpus."
+    from fengshen.data.mmap_dataloader.mmap_writer import write_mmap
+
+    write_mmap(folder, (tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] * end for text in texts), tokenizer=tokenizer)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    "A tokenizer, corpora of good and of poor texts, and a small model of each architecture."
+    folder = tmp_path_factory.mktemp("objectives")
+    made = characters(folder / "tokenizer")
+    poems = ["".join(LINES[(i + j) % 4] for j in range(4)) for i in range(40)]
+    for name, texts in dict(poems=poems, titles=["白日依山尽"] * 60, empty=[""] * 60 + poems, strange=["猫狗鸟鱼"] * 60, little=["白日"]).items():
+        corpus(folder / name, made, texts)
+    corpus(folder / "endless", made, poems, end=False)
+    for name, shape in SHAPES.items():
+        (folder / f"{name}.json").write_text(json.dumps(dict(vocab_size=len(made), max_position_embeddings=32, pad_token_id=0, eos_token_id=3) | shape), "utf8")
+    return folder
+
+
+def words(place, tmp_path, shape, objective, **more):
+    "Settings of a run on the poems."
+    given = {"model.config": str(place / f"{shape}.json"), "data.train": str(place / "poems"), "data.valid": None, "data.split": "80,20", "data.tokenizer": str(place / "tokenizer"),
+             "data.objective": objective, "data.max_length": 32, "data.micro_batch": 4, "trainer.max_steps": 20, "trainer.strategy": "auto", "run_dir": str(tmp_path / "run")}
+    return given | more
+
+
+def read_only(place, tmp_path, *args, **more):
+    "{check: finding} of the checks that train nothing."
+    from fengshen.cli.fit import words as command_line
+
+    case = checks.Case(command_line("demo", words(place, tmp_path, *args, **more)))
+    return {name: doctor.examine(check, case, remedy) for name, (check, remedy) in doctor.CHECKS.items() if name not in ("environment", "compiler", "folder", *LATER)}
+
+
+@pytest.mark.parametrize("shape, objective, more", [
+    ("bert", "Bert", {"data.objective.sentence_order": True}), ("t5", "T5", {}), pytest.param("bart", "Infill", {}, marks=pytest.mark.slow), pytest.param("roformer", "UniLM", {}, marks=pytest.mark.slow),
+    pytest.param("gpt2", None, {}, marks=pytest.mark.slow)])
+def test_objectives_are_examined_to_the_last_check(place, tmp_path, shape, objective, more):
+    found = diagnosis(tmp_path, **words(place, tmp_path, shape, objective, **more))
+    assert [f.status for f in found.findings.values()] == ["ok"] * len(doctor.CHECKS), found
+
+
+@pytest.mark.parametrize("shape, objective, settings, check, status, said", [
+    ("t5", "T5", {"data.tokenizer": "few"}, "tokenizer", "fail", "more spans than the tokenizer has sentinels"),
+    ("t5", "T5", {"data.tokenizer": "none"}, "tokenizer", "fail", "no sentinels"),
+    ("bert", "Bert", {"data.max_length": 2}, "tokenizer", "fail", "no room for text"),
+    ("bert", "Bert", {"data.tokenizer": "other"}, "data", "fail", "written with another tokenizer"),
+    ("bert", "Bert", {"data.train": "empty"}, "data", "warn", "of a token or none"),
+    ("bert", "Bert", {"data.valid": "poems", "data.split": None}, "data", "warn", "data.valid is what is trained on"),
+    ("bert", "Bert", {"data.train": "little"}, "lengths", "fail", "shorter than one window"),
+    ("bert", "Bert", {"data.train": "strange"}, "vocabulary", "fail", "unknown tokens"),
+    ("t5", "T5", {"data.objective.rate": 0.6, "data.objective.mean_span": 8}, "context", "fail", "targets are longer than the decoder's positions"),
+    ("bert", "Bert", {"data.train": "titles", "data.objective.sentence_order": True}, "labels", "warn", "rows have only one"),
+    ("gpt2", None, {"data.train": "endless"}, "labels", "warn", "0% of the documents close with"),
+    ("gpt2", "Bert", {}, "model", "fail", "AutoModelForMaskedLM"),
+    ("roberta", "Bert", {}, "context", "fail", "at most 31 tokens of 32 positions"),
+    ("t5", "Pairs", {}, "data", "fail", "no questions and answers"),
+])
+def test_what_is_wrong_with_an_objective_is_told_once(place, tmp_path, shape, objective, settings, check, status, said):
+    for name, changes in dict(few=dict(sentinels=1), none=dict(sentinels=0), other=dict(order=-1)).items():
+        if settings.get("data.tokenizer") == name:
+            characters(place / name, **changes)
+    at = {key: str(place / value) if key in ("data.tokenizer", "data.train", "data.valid") and value else value for key, value in settings.items()}
+    found = read_only(place, tmp_path, shape, objective, **at)
+    assert {name for name, finding in found.items() if finding.status in ("warn", "fail")} == {check}, found
+    assert found[check].status == status and said in found[check].found and found[check].remedy, found[check]
+
+
+def test_a_corpus_that_does_not_say_who_wrote_it(place, tmp_path):
+    "Megatron's files carry no mark: ids beyond the vocabulary are another tokenizer's."
+    from fengshen.data.megatron_dataloader.builder import IndexedDatasetBuilder
+
+    with IndexedDatasetBuilder(tmp_path / "others", np.uint16) as builder:
+        for _ in range(20):
+            builder.add_document(np.arange(5, 95, dtype=np.uint16), [90])
+    found = read_only(place, tmp_path, "gpt2", None, **{"data.train": str(tmp_path / "others")})
+    assert found["vocabulary"].status == "fail" and "the id 94" in found["vocabulary"].found, found
+
+
 # The command line
 
 def test_json_is_one_object_and_nothing_else(tmp_path):
@@ -350,6 +458,19 @@ def test_any_architecture_can_be_made_small(kind):
     config = CONFIG_MAPPING[kind]()
     small = small_config(config)
     assert why_not_small(small) == "" and small.vocab_size == config.vocab_size and small.num_hidden_layers <= 6 and type(small) is type(config)
+
+
+@pytest.mark.parametrize("kind, auto", [("bert", "MaskedLM"), ("roberta", "MaskedLM"), ("deberta-v2", "MaskedLM"), ("megatron-bert", "PreTraining"), ("fengshen-longformer", "MaskedLM"), ("t5", "Seq2SeqLM"), ("pegasus", "Seq2SeqLM"),
+                                        ("fengshen-megatron-t5", "Seq2SeqLM"), ("fengshen-bart", "TextInfill")])
+def test_any_kind_of_model_can_be_made_small(kind, auto):
+    from transformers import CONFIG_MAPPING
+
+    from fengshen.cli.rehearsal import small_config, why_not_small
+    from fengshen.models import auto as classes
+
+    whole = CONFIG_MAPPING[kind]().to_dict() | dict(vocab_size=300)
+    small = small_config(CONFIG_MAPPING[kind].from_dict(whole))
+    assert why_not_small(small, getattr(classes, f"AutoModelFor{auto}")) == "" and small.vocab_size == 300 and small.hidden_size == 64 and small.num_hidden_layers == 2
 
 
 @pytest.mark.parametrize("kind, changes", [("llama", dict(num_key_value_heads=2)), ("qwen3", dict(head_dim=16)), ("gpt_neox", {})])
