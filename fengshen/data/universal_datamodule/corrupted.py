@@ -127,7 +127,7 @@ def batch(
     fold=1,  # Parts that each text of a corpus is cut in
 ) -> Batch:
     "A micro-batch, the same whatever the company of its samples."
-    texts = drawn.texts if isinstance(self.objective, Pairs) else plain(drawn.texts, self.objective.pieces.tokenizer.eos_token_id if self.objective.marks else None)
+    texts = self.texts(drawn)
     if fold > 1 and len(texts):
         texts = pieces(texts, fold, *self.part(texts.shape[1], fold))
     made = self.objective.batch(texts, rows * fold, self.length // fold, self.seed, drawn.epoch, piece_numbers(drawn.numbers, fold))
@@ -138,8 +138,14 @@ def batch(
     return made
 
 
+@patch
+def texts(self: Corrupted, drawn):
+    "What the objective takes: the ids alone, or pairs."
+    return drawn.texts if isinstance(self.objective, Pairs) else plain(drawn.texts, self.objective.pieces.tokenizer.eos_token_id if self.objective.marks else None)
+
+
 def plain(
-    texts,  # int64 [b, n], or a list of samples
+    texts,  # int64 [b, n], a `RaggedBatch` of stored faulty texts, or a list of samples
     end=None,  # Id that ends a sample and goes, since the objective puts its own; None: samples stay whole
 ) -> list:
     "The ids alone."
