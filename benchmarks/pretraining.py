@@ -25,12 +25,13 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+import numpy as np  # noqa: E402
 
-from fengshen.cli.fit import make_cli, split_args
-from fengshen.cli.recipes import recipe_names
+from fengshen.cli.fit import make_cli, split_args  # noqa: E402
+from fengshen.cli.recipes import recipe_names  # noqa: E402
 
-HELD_OUT = 50  # validation batches, as the recipes have them
+HELD_OUT = 25  # validation batches
 SECOND = dict(sentence_labels="sentence_loss", encoder_labels="edit_loss")
 BYTES = ("pretrain_gpt2", "pretrain_llama")  # byte-level BPE; all others WordPiece
 
@@ -76,14 +77,14 @@ def words_of(name, place, run, steps):
     settings = {
         "size": "7m", "data.train": corpus, "data.tokenizer": tokenizer, "run_dir": run, "trainer.max_steps": steps,
         "global_batch": 8, "valid_every": steps, "checkpoint.every_n_steps": steps // 4, "export": "false",
-        "trainer.accelerator": "cpu", "model.samples": 0}
+        "trainer.accelerator": "cpu", "trainer.limit_val_batches": HELD_OUT, "model.samples": 0}
     return ["-c", name, *(word for key, value in settings.items() for word in (f"--{key}", str(value)))]
 
 
-def records(run, kind):
+def records(run, split):
     """Lines of a run's record; a step that was computed twice counts once."""
     with suppress(FileNotFoundError):
-        return [row for row in map(json.loads, (run / "metrics.jsonl").read_text("utf8").splitlines()) if row["kind"] == kind]
+        return [row for row in map(json.loads, (run / "metrics.jsonl").read_text("utf8").splitlines()) if row["split"] == split]
     return []
 
 
@@ -159,7 +160,7 @@ def main():
     places = corpora(beginning(asked.texts, asked.work / "texts.jsonl", asked.megabytes), asked.work)
     for name in asked.only:
         found = measure(name, places["byte_bpe" if name in BYTES else "wordpiece"], asked.work, asked.steps)
-        line = json.dumps(found | dict(threads=os.cpu_count(), load=round(os.getloadavg()[0], 1)))
+        line = json.dumps(found | dict(load=round(os.getloadavg()[0], 1)))
         print(line, flush=True)
         if asked.out:
             with asked.out.open("a", encoding="utf8") as out:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REMEDIES', 'shuffled', 'epoch_order', 'Order', 'by_length', 'shares', 'stretch', 'mixed', 'check_weights',
-           'GlobalBatchSampler', 'TrainLoader', 'labelled', 'fetched', 'read_ahead', 'EvalLoader']
+           'GlobalBatchSampler', 'TrainLoader', 'labelled', 'fetched', 'bare', 'read_ahead', 'EvalLoader']
 
 # %% ../../nbs/api/data/sampler.ipynb #c81e728d
 import copy
@@ -298,6 +298,16 @@ def named(self: TrainLoader, micro, epoch) -> tuple:
     return items, [(int(number), sample) for i, row in zip(micro, items) for number, sample in zip(rows[i], row)]
 
 
+def bare(
+    numbers,  # Of a micro-batch's samples
+    batch,  # What an objective made of them: a row for each, or several where rows are folded
+) -> frozenset:
+    "Numbers of the samples of which nothing is scored."
+    scored = (batch["labels"][:, 1:] != -100).any(1)
+    parts = len(scored) // max(1, len(numbers))
+    return frozenset(number for i, number in enumerate(numbers) if not scored[i * parts : (i + 1) * parts].any())
+
+
 @patch
 def step(
     self: TrainLoader,
@@ -310,7 +320,7 @@ def step(
         items, samples = self.named(micro, sampler.epoch)
         batches.append(self.collate(items, **cut))
         batches[-1]["numbers"] = frozenset(number for number, _ in samples)
-        batches[-1]["unlabelled"] = frozenset(number for number, sample in samples if not labelled(sample))
+        batches[-1]["unlabelled"] = bare(micro, batches[-1]) if hasattr(self.dataset, "at") else frozenset(number for number, sample in samples if not labelled(sample))
     counts = {"step_" + name.removeprefix("num_"): sum(b[name] for b in batches) for name in batches[0] if name.startswith("num_")}
     for batch in batches:
         batch.update(counts)

@@ -24,7 +24,7 @@ from ..models.lora import LoRAConfig, add_lora
 from ..models.model_utils import OptimizerConfig, ScheduleConfig, make_optimizer, make_schedule
 from ..tokenizer.load import with_end
 from .deepspeed import announce_compile
-from .kinds import KINDS, attention_of, check_objective, find_head, kind_inputs, kind_of, scores_of
+from .kinds import KINDS, attention_of, check_objective, check_target, find_head, kind_inputs, kind_of, positions_of, scores_of
 from ..utils.core import choice, explain, load_name, patch
 from ..utils.device import device_kind
 from ..utils.kernels.compile import compile_blocks, uncompiled
@@ -117,9 +117,14 @@ def configure_model(self: LanguageModelModule):
     auto = getattr(auto_classes, KINDS[self.kind].auto)
     model = from_checkpoint(self.path, self.hub, auto) if self.path else from_config(self.config, seed, self.hub, auto, tokenizer, getattr(objective, "begin", None))
     check_objective(objective, model.config)
-    check_context(model.config, getattr(self.trainer.datamodule, "max_length", None))
+    length = getattr(self.trainer.datamodule, "max_length", None)
+    check_context(model.config, length)
+    if model.config.is_encoder_decoder and hasattr(objective, "target_length") and length is not None:
+        check_target(objective, model.config, length)
     check_vocabulary(model.config, getattr(self.trainer.datamodule, "vocab_size", None) if tokenizer is None else None)
     self.model = fit_vocabulary(model, tokenizer) if tokenizer is not None else model
+    if getattr(objective, "label_weights", None) is not None:
+        self.model.label_weights.copy_(torch.tensor(objective.label_weights))
     self.model.config.architectures = [type(self.model).__name__]  # heads of two classes may have the same names
     if stops := getattr(self.trainer.datamodule, "stops", None):
         set_stops(self.model, stops)
@@ -159,7 +164,7 @@ def _context(self):
         source = fetch(source, self.hub, weights=False)
         if source.is_dir() and not (source / "config.json").exists():
             return None  # what is wrong with it is told when the model is built
-    return getattr(config_from(source), "max_position_embeddings", None) if source else None
+    return positions_of(config_from(source)) if source else None
 
 
 LanguageModelModule.tokenizer = property(_tokenizer)  # what the data module falls back on
@@ -220,7 +225,7 @@ def check_context(
     max_length,  # Tokens of a row, or None when the data does not say
 ):
     "Refuse rows that are longer than the model's context."
-    context = getattr(config, "max_position_embeddings", None)
+    context = positions_of(config)
     if max_length is not None and context and max_length > context:
         raise ValueError(explain("rows are longer than the model's context", max_length, f"at most {context} tokens", f"set data.max_length to {context} or less"))
 

@@ -14,7 +14,7 @@ import numpy as np
 from ..batch import Batch, finish
 from .corrupt import CHOICES, check_settings, corrupt_flat, signs_of
 from .edits import NAMES, check_rows, count_edits, edit_weights, fixed_weights, skeleton
-from ..masking.objectives import Objective, attention, filled
+from ..masking.objectives import Objective, attention, filled, room
 from ..mmap_dataloader.mmap_index_dataset import RaggedBatch
 from ...utils.core import choice, explain, patch, pick
 
@@ -55,7 +55,7 @@ class Infill(Objective):
 
     def source_length(self, length) -> int:
         "Without the signs that begin and end a text."
-        return length - 2
+        return room(length, 2, self)
 
 # %% ../../../nbs/api/data/cbart_dataloader/objective.ipynb #792d0f92
 def grid(

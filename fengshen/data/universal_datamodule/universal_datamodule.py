@@ -103,6 +103,8 @@ def open_corpora(self: UniversalDataModule, split, paths, weights, share):
     self.choose_length(self.from_model("context"))
     if "infill" in map(corpus_kind, paths):
         return self.open_faulty(split, paths, weights, share)
+    if isinstance(self.objective, Pairs):
+        raise ValueError(explain("a corpus has no questions and answers", getattr(self, split), "conversations for the objective Pairs", f"name a file of conversations in data.{split}, or another data.objective"))
     length = self.row_length if self.objective is None else self.objective.source_length(self.row_length)
     self.sets[split] = found = Corpora(
         paths, length, weights, self.corpus, self.seed, self.samples_needed() if split == "train" else None, self.settings["on_long"],
