@@ -33,6 +33,7 @@ from fengshen.cli.recipes import recipe_names  # noqa: E402
 
 HELD_OUT = 25  # validation batches
 SECOND = dict(sentence_labels="sentence_loss", encoder_labels="edit_loss")
+LONG = ("pretrain_longformer",)  # rows of four windows; all others 64 tokens
 BYTES = ("pretrain_gpt2", "pretrain_llama")  # byte-level BPE; all others WordPiece
 
 
@@ -76,7 +77,8 @@ def words_of(name, place, run, steps):
     tokenizer, corpus = place
     settings = {
         "size": "7m", "data.train": corpus, "data.tokenizer": tokenizer, "run_dir": run, "trainer.max_steps": steps,
-        "global_batch": 8, "valid_every": steps, "checkpoint.every_n_steps": steps // 4, "export": "false",
+        "global_batch": 2 if name in LONG else 8, "data.max_length": 256 if name in LONG else 64, "valid_every": steps,
+        "checkpoint.every_n_steps": steps // 4, "export": "false",
         "trainer.accelerator": "cpu", "trainer.limit_val_batches": HELD_OUT, "model.samples": 0}
     return ["-c", name, *(word for key, value in settings.items() for word in (f"--{key}", str(value)))]
 
@@ -143,7 +145,7 @@ def measure(name, place, work, steps):
     second = {field: dict(valid=round(valid[field], 4), baseline=round(base[key], 4)) for key, field in SECOND.items() if key in base}
     apart = max(abs(a - b) for a, b in zip([*curves[0], valid["loss"]], [*curves[1], again["loss"]]))
     tokens = records(whole, "train")[-1]["tokens"]
-    return dict(recipe=name, steps=steps, tokens=tokens, valid=round(valid["loss"], 4), baseline=round(base["labels"], 4),
+    return dict(recipe=name, steps=steps, tokens=tokens, valid=round(valid.get("token_loss", valid["loss"]), 4), baseline=round(base["labels"], 4),
                 second=second, killed_at=at, apart=apart, seconds=round(seconds))
 
 

@@ -157,11 +157,11 @@ def test_texts_that_nobody_tokenised_and_what_is_not_used(folder, tmp_path):
     "A file of texts takes the same way; the end that a sample has gives way to the marks of the row."
     rows = [json.dumps(dict(text=line * 2), ensure_ascii=False) for line in LINES]
     (tmp_path / "texts.jsonl").write_text("\n".join(rows), "utf8")
-    data = UniversalDataModule(str(tmp_path / "texts.jsonl"), tokenizer=str(folder / "tokenizer"), objective=Bert(rate=0), max_length=32, row_length=64, micro_batch=4)
+    data = UniversalDataModule(str(tmp_path / "texts.jsonl"), tokenizer=str(folder / "tokenizer"), objective=Bert(rate=0.2), max_length=32, row_length=64, micro_batch=4)
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))
     ends = (batch["input_ids"] == 3).sum(1)
-    assert batch["input_ids"].shape == (4, 32) and ends.tolist() == [1] * 4 and batch["num_labels"] == 0
+    assert batch["input_ids"].shape == (4, 32) and ends.tolist() == [1] * 4 and batch["num_labels"] > 0
     assert data.stops is None and not data.packing and not data.one_shape
 
 

@@ -5,6 +5,7 @@ import yaml
 from fengshen.cli.recipes import read_recipe, recipe_names
 from tests.training_runs import cli, here, read
 
+FINETUNING = [name for name in recipe_names() if not name.startswith("pretrain_")]  # those run in test_pretraining.py, in one process
 EXPORTED = "demo"  # one of them is enough: the export does not depend on the recipe
 
 
@@ -17,7 +18,7 @@ def settle(settings, at=()):
             yield ".".join((*at, key)), value
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", FINETUNING)
 def test_the_smoke_settings_train_validate_and_are_written_down(name, tmp_path):
     export = [] if name == EXPORTED else ["--export", "false"]
     done = cli("fit", "-c", name, "--smoke", "--run_dir", "run", *export, cwd=tmp_path)
