@@ -12,7 +12,7 @@ import math
 import tempfile
 from pathlib import Path
 
-from .checks import Finding, auto_of
+from .checks import Finding, auto_of, corpora_of
 from ..utils.core import explain
 
 # %% ../../nbs/api/cli/rehearsal.ipynb #e4da3b7f
@@ -68,19 +68,20 @@ def smaller(
     folder,  # A Path to write in
 ) -> dict:
     "Settings that make one small step of the recipe, {key: value}."
+    from fengshen.data.universal_datamodule.corpora import corpus_kind
     from fengshen.models.model_utils import DEFAULTS as SCHEDULE  # of a schedule's fields: a constant one uses none
 
     config = small_config(case.config)
     (folder / "config.json").write_text(json.dumps(config.to_dict() | dict(model_type=config.model_type)), "utf8")
     case.tokenizer.save_pretrained(folder / "tokenizer")
     length = min(case.data.max_length, getattr(case.config, "max_position_embeddings", None) or LONGEST, LONGEST)
-    on_long = case.data.settings["on_long"]
+    on_long, stored = case.data.settings["on_long"], "infill" in map(corpus_kind, corpora_of(case) or ())
     return {
         "run_dir": str(folder / "run"), "overwrite": False, "resume": "never", "ckpt_path": None, "export": False, "loggers": [],
         "model.path": None, "model.config": str(folder / "config.json"), "model.compile": False, "model.samples": 0,
         "model.optimizer.kind": "auto", "model.schedule.kind": "constant", **{f"model.schedule.{key}": value for key, value in SCHEDULE.items()},
         "data.tokenizer": str(folder / "tokenizer"), "data.max_length": length, "data.row_length": None, "data.length_warmup": None, "data.micro_batch": min(ROWS, case.data.micro_batch), "data.limit_train": PAIRS, "data.valid": None,
-        "data.on_bad_line": "skip", "data.on_long": "truncate" if on_long in ("error", "drop") else on_long,
+        "data.on_bad_line": "skip", "data.on_long": "drop" if stored else "truncate" if on_long in ("error", "drop") else on_long,
         "trainer.strategy": "auto", "trainer.devices": 1, "trainer.num_nodes": 1, "trainer.max_steps": 1, "trainer.max_time": None, "trainer.accumulate_grad_batches": 1, "trainer.log_every_n_steps": 1,
         "trainer.limit_val_batches": 0, "trainer.val_check_interval": None, "trainer.check_val_every_n_epoch": 1,
         "checkpoint.every_n_steps": 0, "checkpoint.every_minutes": 0.0, "checkpoint.keep": 1, "checkpoint.keep_best": 0, "checkpoint.at_end": True,

@@ -15,7 +15,7 @@ from fengshen.data.mmap_dataloader.mmap_convert import convert
 from fengshen.data.mmap_dataloader.mmap_writer import write_mmap
 from fengshen.data.universal_datamodule import LengthWarmup, UniversalDataModule
 from fengshen.data.universal_datamodule.faulty import FaultyTexts
-from tests.training_runs import fit_here, series
+from tests.training_runs import fit_here, here, series
 
 MARKS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = list("白日依山尽黄河入海流欲穷千里目更上一层楼床前明月光疑是地霜举头望低思故乡")
@@ -141,3 +141,13 @@ def test_a_recipe_names_a_stored_set(folder, tokenizer, tmp_path):
         "model.config": str(tmp_path / "bart.json"), "data.train": str(folder / "one"), "data.valid": None, "data.split": "3,1", "data.tokenizer": str(tmp_path / "tokenizer"),
         "data.objective": "Infill", "data.objective.weights": "data", "data.max_length": 20, "data.micro_batch": 4, "trainer.max_steps": 2})
     assert len(series(run, "loss")) == 2 and all(map(math.isfinite, series(run, "loss")))
+
+
+@pytest.mark.slow
+def test_the_doctor_examines_a_stored_set(folder, tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    status, out, err = here(
+        "doctor", "-c", "pretrain_cbart", "--size", "7m", "--data.train", folder / "one", "--data.split", "3,1", "--data.tokenizer", tmp_path / "tokenizer", "--data.max_length", 20,
+        "--global_batch", 4, "--trainer.max_steps", 4, "--trainer.accelerator", "cpu", "--model.config.d_model", 16, "--run_dir", tmp_path / "run")
+    assert "faulty texts" in out and "fail" not in out and "skip" not in out, out + err
+    assert status == 0
