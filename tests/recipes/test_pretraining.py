@@ -97,3 +97,15 @@ def test_the_plan_follows_the_memory_of_the_devices(monkeypatch):
 def test_a_configuration_that_is_written_out_is_a_causal_model_of_that_shape():
     config = config_of(dict(model_type="gpt2", n_embd=64, n_layer=1, n_head=2))
     assert empty_model(config, auto=AutoModelForCausalLM).config.n_layer == 1
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_gone_on_with(tmp_path):
+    "The exported folder in place of a size's shape: its weights, its tokenizer, the same objective."
+    words = ["fit", "-c", "pretrain_bert", "--smoke", "--model.samples", "0"]
+    status, out, err = here(*words, "--run_dir", tmp_path / "first", "--export", "true")
+    assert status == 0, err
+    status, out, err = here(*words, "--run_dir", tmp_path / "second", "--export", "false", "--model.path", tmp_path / "first/export", "--data.tokenizer", "null")
+    assert status == 0, err
+    assert yaml.safe_load((tmp_path / "second/run.yaml").read_text("utf8"))["model"]["config"] is None
+    assert read(tmp_path / "second")[0]["loss"] < read(tmp_path / "first")[0]["loss"]
