@@ -116,7 +116,7 @@ def read(self: Words, rows, numbers, width) -> tuple:
     "(bool [b, l]: starts of words, bool [b]: rows for which they are right)"
     numbers, size = np.asarray(numbers, np.int64), HEAD + -(-width // 8)
     if numbers.min() < 0:
-        raise ValueError(explain("words are kept for the rows of a corpus, by their numbers", int(numbers.max()), "numbers from 0", "leave words out: these texts have no numbers"))
+        raise ValueError(explain("words are kept for the rows of a corpus, by their numbers", int(numbers.min()), "numbers from 0", "leave words out: these texts have no numbers"))
     if numbers.max() >= len(self.files.get(width, ())):
         self.files[width] = records(self.file(width), int(numbers.max()) + 1, size)
     self.mark = finder_mark(self.pieces) if self.mark is None else self.mark
