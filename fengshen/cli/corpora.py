@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DOCUMENTS', 'SHORT', 'ROWS', 'AGAIN', 'BEGINNING', 'documents', 'corpus', 'faulty', 'check_kind', 'data', 'rows',
-           'open_sets', 'sample', 'again', 'vocabulary', 'labels', 'judged', 'drawn', 'texts_of', 'sentence_counts',
+           'open_sets', 'texts_of', 'sample', 'again', 'vocabulary', 'labels', 'judged', 'drawn', 'sentence_counts',
            'ends', 'closed']
 
 # %% ../../nbs/api/cli/corpora.ipynb #92cf4984
@@ -119,6 +119,16 @@ ROWS = 64  # that are looked at
 AGAIN = 0.8  # share of tokens that come back when their text is tokenised again; below, it is a warning
 
 
+def texts_of(texts) -> list:
+    "Rows of ids, as a list, whatever they came as; of stored faulty texts the right ones."
+    from fengshen.data.cbart_dataloader.edits import NAMES
+    from fengshen.data.mmap_dataloader import RaggedBatch
+
+    if isinstance(texts, RaggedBatch):
+        return [row[NAMES[2]] for row in texts]
+    return [np.array(text["input_ids"] if isinstance(text, dict) else text) for text in texts]
+
+
 def sample(case, split="train") -> list:
     "Some rows of token ids, evenly over a split; what pads them is cut off."
     found = case.sets[split]
@@ -191,16 +201,6 @@ def drawn(case) -> tuple:
     made = rows.at(np.unique(np.linspace(0, len(found) - 1, min(len(found), ROWS)).astype(np.int64)).tolist(), 0)
     batch, expected = rows.batch(made, len(made.numbers)), [case.objective.expected(len(text)) for text in texts_of(made.texts)]
     return texts_of(made.texts), (batch["labels"][:, 1:] != -100).sum(1).numpy(), None if None in expected else sum(expected)
-
-
-def texts_of(texts) -> list:
-    "Rows of ids, as a list, whatever they came as; of stored faulty texts the right ones."
-    from fengshen.data.cbart_dataloader.edits import NAMES
-    from fengshen.data.mmap_dataloader import RaggedBatch
-
-    if isinstance(texts, RaggedBatch):
-        return [row[NAMES[2]] for row in texts]
-    return [np.array(text["input_ids"] if isinstance(text, dict) else text) for text in texts]
 
 
 def sentence_counts(case, texts) -> np.ndarray:
