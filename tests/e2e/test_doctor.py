@@ -82,7 +82,9 @@ def edited_tokenizer(folder, **changes):
 
 # Recipes that work
 
-@pytest.mark.parametrize("recipe", recipe_names())
+PRETRAINING = {name for name in recipe_names() if name.startswith("pretrain_")} - {"pretrain_bert", "pretrain_t5"}
+
+@pytest.mark.parametrize("recipe", [pytest.param(name, marks=[pytest.mark.slow] * (name in PRETRAINING)) for name in recipe_names()])
 def test_the_packaged_recipes_pass_at_their_smoke_size(tmp_path, recipe):
     found = doctor.diagnose(["-c", recipe, "--smoke", "--run_dir", str(tmp_path / "run")])
     assert [f.status for f in found.findings.values()] == ["ok"] * len(doctor.CHECKS), found

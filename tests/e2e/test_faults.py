@@ -46,6 +46,7 @@ def test_a_signal_saves_and_says_start_me_again(tmp_path, name):
     assert record(run) == record(straight) and same(weights(run), weights(straight))
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_of_two_processes_stops_both(tmp_path):
     run = tmp_path / "run"
     process = start(run, settings(tmp_path, **TWO | {"trainer.max_steps": 4000}))

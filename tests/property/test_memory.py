@@ -104,7 +104,7 @@ cli.trainer.fit(cli.model, datamodule=cli.datamodule)
 """
 
 
-@pytest.mark.parametrize("strategy", ["zero2", "zero3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero3_offload"))])
+@pytest.mark.parametrize("strategy", ["zero3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero2", "zero3_offload"))])
 @pytest.mark.parametrize("precision", ["32-true", pytest.param("bf16-mixed", marks=pytest.mark.slow)])
 def test_states_under_deepspeed(tmp_path, strategy, precision):
     "Weights, master weights and AdamW's states that DeepSpeed holds are the estimate's, up to the padding of its partitions."
@@ -120,7 +120,7 @@ def test_states_under_deepspeed(tmp_path, strategy, precision):
         assert abs((part.device + part.host) / size - 1) < 0.01, (name, part, size)
 
 
-@pytest.mark.parametrize("strategy", ["auto", "zero3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero2"))])
+@pytest.mark.parametrize("strategy", ["auto", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero2", "zero3"))])
 def test_checkpoints_have_the_size_that_was_promised(tmp_path, strategy):
     config = tiny_config(tmp_path, n_embd=256)
     run = fit(tmp_path / "run", **{"model.config": config, "trainer.strategy": strategy, "trainer.max_steps": 1})

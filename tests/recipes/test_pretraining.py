@@ -14,11 +14,12 @@ from fengshen.utils.core import load_name
 from tests.training_runs import here, read
 
 PRETRAINING = [name for name in recipe_names() if name.startswith("pretrain_")]
+ALIKE = ("pretrain_llama", "pretrain_pegasus", "pretrain_megatron_t5", "pretrain_bart")  # what others show too
 SIZES = [(name, size) for name in PRETRAINING for size in read_recipe(name).sizes]
 VOCABULARY = dict(pretrain_gpt2=50257, pretrain_llama=6400, pretrain_t5=32596, pretrain_bart=40000, pretrain_pegasus=50000)  # of the published models; others have about 21,128
 
 
-@pytest.mark.parametrize("name", PRETRAINING)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ALIKE)) for name in PRETRAINING])
 def test_two_steps(name, tmp_path):
     status, out, err = here("fit", "-c", name, "--smoke", "--run_dir", tmp_path / "run", "--export", "false")
     assert status == 0, err

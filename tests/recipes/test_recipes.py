@@ -6,6 +6,7 @@ from fengshen.cli.recipes import read_recipe, recipe_names
 from tests.training_runs import cli, here, read
 
 FINETUNING = [name for name in recipe_names() if not name.startswith("pretrain_")]  # those run in test_pretraining.py, in one process
+LONG = "wenzhong_qa_offload"  # DeepSpeed compiles its optimizer for the host, which takes minutes
 EXPORTED = "demo"  # one of them is enough: the export does not depend on the recipe
 
 
@@ -18,7 +19,7 @@ def settle(settings, at=()):
             yield ".".join((*at, key)), value
 
 
-@pytest.mark.parametrize("name", FINETUNING)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name == LONG)) for name in FINETUNING])
 def test_the_smoke_settings_train_validate_and_are_written_down(name, tmp_path):
     export = [] if name == EXPORTED else ["--export", "false"]
     done = cli("fit", "-c", name, "--smoke", "--run_dir", "run", *export, cwd=tmp_path)
