@@ -64,7 +64,7 @@ def outside(folder, tmp_path):
     return torch.load(tmp_path / "found.pt", weights_only=True)
 
 
-@pytest.mark.parametrize("strategy", ["auto", "zero3", pytest.param("zero2", marks=pytest.mark.slow)])  # three processes each
+@pytest.mark.parametrize("strategy", ["auto", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero3", "zero2"))])  # three processes each
 def test_the_folder_is_the_checkpoint_without_this_library(runs, tmp_path, strategy):
     run = runs(strategy)
     expected = read_weights(checkpoints(run)[-1])
