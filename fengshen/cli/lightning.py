@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXTRA_KEYS', 'CHECKPOINT_KEYS', 'GUARD_KEYS', 'UNKNOWN', 'add_run_keys', 'objective_error', 'better_error',
-           'QuietParser', 'comments', 'add_help', 'world_of', 'estimate_settings', 'row_length', 'place',
-           'validate_every', 'FengshenCLI']
+           'QuietParser', 'comments', 'add_help', 'world_of', 'model_config', 'estimate_settings', 'row_length',
+           'place', 'validate_every', 'FengshenCLI']
 
 # %% ../../nbs/api/cli/lightning.ipynb #c81e728d
 import dataclasses
@@ -157,8 +157,22 @@ def world_of(
     devices = trainer["devices"]
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
-    here = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdigit() else device_count() if trainer["accelerator"] != "cpu" else 1
+    if isinstance(devices, list) or "," in str(devices):  # numbers of devices, as a list or as "0,1"
+        return len(devices if isinstance(devices, list) else devices.strip(",").split(",")) * trainer["num_nodes"]
+    here = int(devices) if str(devices).isdigit() else 1 if trainer["accelerator"] == "cpu" else device_count()
     return here * trainer["num_nodes"]
+
+
+def model_config(
+    config,  # The parsed settings
+):
+    "The configuration of a run's model."
+    model = config["model"]
+    source = model.get("config") or model.get("path")
+    if source is None:
+        raise ValueError(explain("nothing says which model it is, so its memory and positions are not known", None, "model.path or model.config",
+                                 "name one, or set trainer.strategy, data.micro_batch, model.gradient_checkpointing and data.max_length yourself"))
+    return config_from(source, model.get("hub", "huggingface"))
 
 
 def estimate_settings(
@@ -167,16 +181,15 @@ def estimate_settings(
     "Arguments of `estimate` for a run's model."
     model, objective = config["model"], config["data"].get("objective")
     kind = load_name(objective["class_path"])(**objective.as_dict().get("init_args", {})).model if objective else "causal"
-    return dict(config=config_from(model["config"] or model["path"], model["hub"]), auto=getattr(auto, KINDS[kind].auto), precision=config["trainer"]["precision"],
-                attention="eager" if model["attention"] == "eager" else "auto", lora=model["lora"]["r"] if model.get("lora") else None, nodes=config["trainer"]["num_nodes"])
+    return dict(config=model_config(config), auto=getattr(auto, KINDS[kind].auto), precision=config["trainer"]["precision"],
+                attention="eager" if model.get("attention") == "eager" else "auto", lora=model["lora"]["r"] if model.get("lora") else None, nodes=config["trainer"]["num_nodes"])
 
 
 def row_length(
     config,  # The parsed settings
-    found,  # The model's configuration
 ) -> int:
     "Tokens of a row: data.max_length, or the model's positions."
-    length = config["data"].get("max_length") or positions_of(found)
+    length = config["data"].get("max_length") or positions_of(model_config(config))
     if length is None:
         raise ValueError(explain("nobody says how long a row is", None, "data.max_length", "set it"))
     return length
@@ -188,20 +201,21 @@ def place(
     "Fill in what `by_memory` and null leave open, accumulation, and the steps of a budget of tokens."
     data, trainer, model = config["data"], config["trainer"], config["model"]
     strategy = None if trainer["strategy"] == "by_memory" else trainer["strategy"]
-    open_micro, budget = "micro_batch" in data and data["micro_batch"] is None, config["max_tokens"]
-    if config["global_batch"] is None and budget is None and not open_micro and strategy is not None:
+    open_micro, open_blocks = data.get("micro_batch", 0) is None, model.get("gradient_checkpointing", False) is None
+    budget, left_open = config["max_tokens"], open_micro or open_blocks or strategy is None
+    if config["global_batch"] is None and budget is None and not left_open:
         return
     if config["global_batch"] is None and (open_micro or strategy is None):
         raise ValueError(explain("data.micro_batch null and trainer.strategy by_memory follow from the rows of a step", "no global_batch", "global_batch: 256, or another number", "set global_batch, or micro_batch and strategy"))
-    settings, processes = estimate_settings(config), world_of(trainer)
-    rows = config["global_batch"] or data["micro_batch"] * processes * trainer["accumulate_grad_batches"]
-    step = Step(rows, row_length(config, settings["config"]), processes)
-    if open_micro or strategy is None:
+    processes = world_of(trainer)
+    rows = data["micro_batch"] * processes * trainer["accumulate_grad_batches"] if config["global_batch"] is None else config["global_batch"]
+    step = Step(rows, row_length(config) if left_open or budget is not None else 1, processes)
+    if left_open:
         space = 0 if trainer["accelerator"] == "cpu" else room()
-        found = plan(step, space, settings, strategy, model.get("gradient_checkpointing"), data["micro_batch"])
+        found = plan(step, space, estimate_settings(config) if space else {}, strategy, model.get("gradient_checkpointing"), data["micro_batch"])
         trainer["strategy"] = choice("strategy", found.strategy, found.why) if strategy is None else strategy
-        data["micro_batch"] = choice("micro_batch", found.micro_batch, found.why)
-        if model.get("gradient_checkpointing", False) is None:
+        data["micro_batch"] = choice("micro_batch", found.micro_batch, found.why) if open_micro else data["micro_batch"]
+        if open_blocks:
             model["gradient_checkpointing"] = choice("gradient_checkpointing", found.checkpointing, found.why)
     trainer["accumulate_grad_batches"] = accumulation(step, data["micro_batch"], trainer["accumulate_grad_batches"])
     if budget is not None:
@@ -253,6 +267,7 @@ class FengshenCLI(LightningCLI):
         "Refuse a launcher that does not fit, and fill in the precision when nobody asked for one."
         if isinstance(self.config["model"].get("config"), dict):  # a flag such as --model.config.hidden_size 512 is a text
             self.config["model"]["config"] = {k: yaml.safe_load(v) if isinstance(v, str) else v for k, v in self.config["model"]["config"].items()}
+            config_from(self.config["model"]["config"])  # a field that does not exist is refused before any data are read
         check_launch(self.config["trainer"]["devices"], self.config["trainer"]["num_nodes"])
         accelerators = ("auto", "gpu", *AcceleratorRegistry.available_accelerators())
         if isinstance(self.config["trainer"]["accelerator"], str):

@@ -300,11 +300,11 @@ def named(self: TrainLoader, micro, epoch) -> tuple:
 
 def bare(
     numbers,  # Of a micro-batch's samples
-    batch,  # What an objective made of them: a row for each, or several where rows are folded
+    batch,  # What an objective made of them; rows behind theirs are padding
+    parts=1,  # Rows of each sample
 ) -> frozenset:
     "Numbers of the samples of which nothing is scored."
     scored = (batch["labels"][:, 1:] != -100).any(1)
-    parts = len(scored) // max(1, len(numbers))
     return frozenset(number for i, number in enumerate(numbers) if not scored[i * parts : (i + 1) * parts].any())
 
 
@@ -320,7 +320,7 @@ def step(
         items, samples = self.named(micro, sampler.epoch)
         batches.append(self.collate(items, **cut))
         batches[-1]["numbers"] = frozenset(number for number, _ in samples)
-        batches[-1]["unlabelled"] = bare(micro, batches[-1]) if hasattr(self.dataset, "at") else frozenset(number for number, sample in samples if not labelled(sample))
+        batches[-1]["unlabelled"] = bare(micro, batches[-1], cut.get("fold", 1)) if hasattr(self.dataset, "at") else frozenset(number for number, sample in samples if not labelled(sample))
     counts = {"step_" + name.removeprefix("num_"): sum(b[name] for b in batches) for name in batches[0] if name.startswith("num_")}
     for batch in batches:
         batch.update(counts)

@@ -23,7 +23,7 @@ class Step:
 
     def __post_init__(self):
         if self.rows < 1 or self.rows % self.processes:
-            raise ValueError(explain("global_batch cannot be shared by the processes", self.rows, f"a multiple of {self.processes}", "change global_batch, or trainer.devices"))
+            raise ValueError(explain("global_batch cannot be shared by the processes", self.rows, f"a multiple of {self.processes}, at least {self.processes}", "change global_batch, or trainer.devices"))
 
     @property
     def share(self) -> int:

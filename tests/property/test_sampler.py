@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fengshen.data.batch import pad_rows
 from fengshen.data.blend import Blend, Permutation
-from fengshen.data.sampler import EvalLoader, GlobalBatchSampler, TrainLoader, by_length, epoch_order, mixed
+from fengshen.data.sampler import EvalLoader, GlobalBatchSampler, TrainLoader, bare, by_length, epoch_order, mixed
 
 settings.register_profile("house", deadline=None)  # a loaded machine is not a failure
 settings.load_profile("house")
@@ -375,3 +375,13 @@ def test_what_fails_while_reading_ahead_is_raised_in_its_place():
         for batch in loader:
             taken += batch["samples"]
     assert taken == [0, 1, 2, 3, 4, 5] and loader.state_dict()["consumed"] == 6
+
+
+def test_a_sample_of_which_nothing_is_scored_is_named_and_padding_is_not():
+    "The last micro-batch of an epoch has rows without a sample; a folded one several rows of each."
+    labels = torch.full((8, 4), -100)
+    labels[0, 2] = labels[2, 1] = labels[5, 3] = 7
+    assert bare([10, 11, 12], dict(labels=labels)) == {11}
+    assert bare([10, 11, 12], dict(labels=labels), parts=2) == set()
+    labels[5] = -100
+    assert bare([10, 11, 12], dict(labels=labels), parts=2) == {12} and bare([], dict(labels=labels)) == set()

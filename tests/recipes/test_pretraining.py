@@ -66,11 +66,14 @@ def test_a_step_is_the_same_in_as_many_pieces_as_it_takes(capsys):
     config = parsed("--global_batch", "48", "--data.micro_batch", "6", "--max_tokens", "1e6", "--valid_every", "10", "--trainer.accumulate_grad_batches", "3")
     assert config["trainer"]["accumulate_grad_batches"] == 8 and config["trainer"]["max_steps"] == 163 and config["trainer"]["val_check_interval"] == 80
     assert "trainer.accumulate_grad_batches 3 is not used" in capsys.readouterr().out
+    config = parsed("--global_batch", "null", "--data.micro_batch", "6", "--trainer.strategy", "auto", "--max_tokens", "null")
+    assert config["model"]["gradient_checkpointing"] is False and config["trainer"]["accumulate_grad_batches"] == 1, "what is open is filled in, and nothing else"
 
 
 @pytest.mark.parametrize("words, wrong", [
     (["--global_batch", "10", "--data.micro_batch", "4"], "10 rows a process, 4 at once"),
     (["--global_batch", "null"], "no global_batch"),
+    (["--global_batch", "0"], "cannot be shared by the processes: got 0"),
     (["--max_tokens", "0"], "max_tokens is too small"),
     (["--valid_every", "0"], "valid_every is too small"),
     (["--global_batch", "3", "--trainer.devices", "2"], "cannot be shared by the processes: got 3"),

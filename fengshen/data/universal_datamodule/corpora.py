@@ -221,9 +221,17 @@ def order(self: Corpora):
     return Order(draw, len(self), len(self), self.seed, self.cut)
 
 # %% ../../../nbs/api/data/universal_datamodule/corpora.ipynb #06785c96
+@patch
+def contents(
+    self: Corpora,
+    dataset,  # One of its corpora
+) -> tuple:
+    "(documents, tokens) of a corpus."
+    return len(dataset.doc_idx) - 1 if isinstance(dataset, IndexedDataset) else len(dataset), len(dataset.tokens())
+
+
 def _report(self) -> dict:
-    tokens = [len(dataset.tokens()) for dataset in self.datasets]
-    documents = [len(d.doc_idx) - 1 if isinstance(d, IndexedDataset) else len(d) for d in self.datasets]
+    documents, tokens = zip(*map(self.contents, self.datasets))
     files = [dict(path=str(path), documents=d, tokens=n, rows=size) for path, d, n, size in zip(self.paths, documents, tokens, self.sizes)]
     weights = {} if self.weights is None else dict(weights=[float(w) for w in self.weights])
     return dict(corpora=files, samples=sum(documents), tokens=sum(tokens), rows=len(self), length=self.length, cut=self.cut, **weights)
@@ -244,4 +252,13 @@ def __repr__(self: Corpora) -> str:
     r = self.report
     name = r["corpora"][0]["path"] if len(self.paths) == 1 else f"{len(self.paths)} corpora"
     shares = f", by weights {r['weights']}" if "weights" in r else ""
-    return f"{name}: {r['samples']:,} documents, {r['tokens']:,} tokens; {r['rows']:,} {'packed rows' if self.cut == 'packed' else 'windows'} of {self.length:,}{shares}"
+    return f"{name}: {self.told(r)}{shares}"
+
+
+@patch
+def told(
+    self: Corpora,
+    report,  # Its report
+) -> str:
+    "What is there and how it is cut, in words."
+    return f"{report['samples']:,} documents, {report['tokens']:,} tokens; {report['rows']:,} {'packed rows' if self.cut == 'packed' else 'windows'} of {self.length:,}"

@@ -131,20 +131,19 @@ def counts(
     return sum((count_edits(self.__getitems__(ids).flat[NAMES[1]].numpy(), self.num_labels) for ids in starts), np.zeros(self.num_labels, np.int64))
 
 # %% ../../../nbs/api/data/universal_datamodule/faulty.ipynb #d9080a58
-def _report(self) -> dict:
-    tokens = [int(sum(dataset.values[NAMES[0]].counts)) for dataset in self.datasets]
-    files = [dict(path=str(path), documents=len(d), tokens=n, rows=size) for path, d, n, size in zip(self.paths, self.datasets, tokens, self.sizes)]
-    weights = {} if self.weights is None else dict(weights=[float(w) for w in self.weights])
-    return dict(corpora=files, samples=sum(map(len, self.datasets)), tokens=sum(tokens), rows=len(self), length=self.length, cut=self.cut, **weights)
-
-
-FaultyTexts.report = property(_report, doc="Sets, texts, tokens of the faulty ones, and rows.")
+@patch
+def contents(
+    self: FaultyTexts,
+    dataset,  # One of its sets
+) -> tuple:
+    "(texts, tokens of the faulty ones) of a set."
+    return len(dataset), int(sum(dataset.values[NAMES[0]].counts))
 
 
 @patch
-def __repr__(self: FaultyTexts) -> str:
-    "The report in a few lines."
-    r = self.report
-    name = r["corpora"][0]["path"] if len(self.paths) == 1 else f"{len(self.paths)} sets"
-    shares = f", by weights {r['weights']}" if "weights" in r else ""
-    return f"{name}: {r['rows']:,} stored faulty texts of {r['samples']:,}, {r['tokens']:,} tokens; {self.num_labels} edits{shares}"
+def told(
+    self: FaultyTexts,
+    report,  # Its report
+) -> str:
+    "What is there, in words."
+    return f"{report['rows']:,} stored faulty texts of {report['samples']:,}, {report['tokens']:,} tokens; {self.num_labels} edits"

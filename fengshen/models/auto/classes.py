@@ -158,7 +158,10 @@ def _load_stock(auto, place, path, seen, config, strict, args, kwargs):
     kind = _stock(auto, config)
     try:
         model, info = kind.from_pretrained(place, *args, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
-    except NotImplementedError as e:  # transformers compares two copies of a tied weight, which it left without numbers
+    except NotImplementedError as e:
+        if "Meta tensors" not in str(e):
+            raise
+        # transformers compares two copies of a tied weight, one of which it left without numbers
         raise ValueError(explain(f"tied weights in {path} have another shape than its config.json says", f"vocab_size {getattr(config, 'vocab_size', None)}",
                                  "the numbers the weights were made with", "correct vocab_size and the hidden size in config.json; the report above has the shapes")) from e
     wrong = unfit(model, info, seen.names, sizes) if strict else {}
