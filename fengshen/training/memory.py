@@ -200,16 +200,23 @@ class Setting:
     precision: str  # Lightning's word
     processes: int = 1  # Of all machines
     nodes: int = 1  # Machines
+    masters: bool = False  # The optimizer of a single device keeps float32 weights beside those in 16 bit
+
+    def __post_init__(self):
+        alone = not self.layout.deepspeed and self.processes == 1 and "16" in self.precision
+        if self.masters and not alone:
+            what = "DeepSpeed" if self.layout.deepspeed else f"{self.processes} processes, {self.precision}"
+            raise ValueError(explain("master_adamw cannot serve here", what, "one device in 16 bit, without DeepSpeed", "take optimizer fused_adamw; DeepSpeed keeps such weights itself"))
 
     @property
     def width(self) -> int:
         "Bytes of a weight on the device."
-        return pick("precision", self.precision, WIDTHS)[1 if self.layout.deepspeed else 0]
+        return pick("precision", self.precision, WIDTHS)[1] if self.layout.deepspeed or self.masters else pick("precision", self.precision, WIDTHS)[0]
 
     @property
     def autocast(self) -> bool:
         "True when 16-bit copies of float32 weights are made."
-        return not self.layout.deepspeed and pick("precision", self.precision, WIDTHS)[2]
+        return not (self.layout.deepspeed or self.masters) and pick("precision", self.precision, WIDTHS)[2]
 
 
 @patch
@@ -232,7 +239,9 @@ def states(self: Setting) -> list:
     n, layout, w = self.counts, self.layout, self.width
     parts = [self.part("weights", w * n.all, f"{w} bytes x {n.all:,}", 3, layout.weights)]
     if not layout.deepspeed:
-        return parts + [self.part("gradients", w * n.trained, f"{w} bytes x {n.trained:,}"), self.part("optimizer", 2 * w * n.trained, "AdamW: two numbers a parameter")]
+        masters = [self.part("master weights", 4 * n.trained, "float32, kept by the optimizer")] * self.masters
+        moments = self.part("optimizer", 2 * (4 if self.masters else w) * n.trained, "AdamW: two numbers a parameter")
+        return parts + [self.part("gradients", w * n.trained, f"{w} bytes x {n.trained:,}"), *masters, moments]
     if layout.stage < 3 and (layout.stage == 1 or layout.optimizer == "device"):
         parts.append(self.part("gradients", w * n.trained, f"{w} bytes x {n.trained:,}", 2))
     why = "float32, " + ("split over the processes" if layout.stage else "whole on each process")
@@ -329,6 +338,13 @@ class Kept:
     compiled: int  # By compiled blocks
     checkpointed: int  # With the blocks computed again: each block's input, and one block whole
     copies: int  # 16-bit copies of weights, under autocast
+    inputs: int = 0  # What any of them keeps: each block's input, and what lies outside of the blocks
+    blocks: int = 1  # Number of blocks
+
+    def within(self, budget) -> int:
+        "What compiled blocks keep of it: their inputs, that share of the rest, and, while a block is computed again, the whole of that one."
+        rest = max(0, self.compiled - self.inputs)
+        return int(self.compiled - (1 - budget) * rest * (1 - 1 / self.blocks))
 
 
 def watch_norms(model, watch):
@@ -398,7 +414,8 @@ def tally(saved, compiled, inputs, copies) -> Kept:
     for size, block in saved.values():
         per_block[block] = per_block.get(block, 0) + size
     outside = per_block.pop(None, 0)
-    return Kept(outside + sum(per_block.values()), compiled, outside + sum(inputs.values()) + max(per_block.values()), copies)
+    least = outside + sum(inputs.values())
+    return Kept(outside + sum(per_block.values()), compiled, least + max(per_block.values()), copies, least, len(inputs))
 
 # %% ../../nbs/api/training/memory.ipynb #6364d3f0
 def kept_by_formula(
@@ -412,7 +429,7 @@ def kept_by_formula(
     unit, layers = rows * length * config.hidden_size * width // 2, config.num_hidden_layers
     scores = 0 if fused else 5 * getattr(config, "num_attention_heads", 0) * rows * length**2 * width // 2
     block = 34 * unit + scores
-    return Kept(layers * block, layers * block, layers * 2 * unit + block, 0)
+    return Kept(layers * block, layers * block, layers * 2 * unit + block, 0, layers * 2 * unit, layers)
 
 
 def kept_or_formula(
@@ -514,17 +531,22 @@ def estimate(
     lora=None,  # A LoRAConfig, or its rank; None: all parameters are trained
     chunk=2048,  # Scored tokens whose logits exist at once; None: all, for a model that changes its logits after the head
     auto=AutoModelForCausalLM,  # What it is for: a class of `fengshen.models.auto`
+    optimizer="fused_adamw",  # The kind of optimizer: master_adamw keeps float32 weights beside those in 16 bit, the others are alike
+    activation_budget=1.0,  # Share of what compiled blocks keep that is kept, from 0 to 1; the rest is computed again
 ) -> Memory:
     "Bytes on the device, on the host and on disk."
     for name, value in dict(micro_batch=micro_batch, length=length, processes=processes, nodes=nodes).items():
         if value < 1:
             raise ValueError(explain(f"{name} is too small", value, "at least 1"))
+    if not 0 <= activation_budget <= 1:
+        raise ValueError(explain("activation_budget is out of range", activation_budget, "a share from 0 to 1"))
     config, layout = config_of(config), layout_of(strategy, processes)
-    setting = Setting(count(empty_model(config, auto=auto), lora), layout, str(precision), processes, nodes)
+    setting = Setting(count(empty_model(config, auto=auto), lora), layout, str(precision), processes, nodes, optimizer == "master_adamw")
     states, (need, how) = setting.states(), kept_or_formula(config, micro_batch, length, setting, attention, auto)
     form = "checkpointed" if checkpointing else "compiled" if compiled else "eager"
+    size, budget = (need.within(activation_budget), f" within {activation_budget:.0%}") if form == "compiled" and activation_budget < 1 else (getattr(need, form), "")
     parts = [*states, Part("16-bit copies of weights", need.copies, why="autocast keeps them until the backward pass is over"), *setting.buffers(),
-             Part("activations", getattr(need, form), why=f"{micro_batch} x {length:,} tokens, {form}; {how}"), logits_part(config, micro_batch * length, chunk, setting)]
+             Part("activations", size, why=f"{micro_batch} x {length:,} tokens, {form}{budget}; {how}"), logits_part(config, micro_batch * length, chunk, setting)]
     parts.append(Part("fragmentation", sum(p.device for p in parts) // 50, why="2% that the allocator cannot use"))
     facts = dict(parameters=f"{setting.counts.all:,}", strategy=strategy if isinstance(strategy, str) else f"ZeRO-{layout.stage}", processes=processes, precision=precision)
     return Memory([*parts, *host_parts(setting, states), *disk_parts(setting)], facts, -(-processes // nodes))
@@ -549,7 +571,7 @@ LEVERS = {
     "model.gradient_checkpointing true": dict(checkpointing=True, compiled=False),
     "data.micro_batch 1, with more trainer.accumulate_grad_batches": dict(micro_batch=1),
     "model.gradient_checkpointing true and data.micro_batch 1": dict(checkpointing=True, compiled=False, micro_batch=1),
-    "trainer.strategy zero3_offload, model.gradient_checkpointing true and data.micro_batch 1": dict(checkpointing=True, compiled=False, micro_batch=1, strategy="zero3_offload"),
+    "trainer.strategy zero3_offload, model.gradient_checkpointing true and data.micro_batch 1": dict(checkpointing=True, compiled=False, micro_batch=1, strategy="zero3_offload", optimizer="fused_adamw"),
 }
 
 

@@ -129,6 +129,37 @@ def test_checkpoints_have_the_size_that_was_promised(tmp_path, strategy):
     assert abs(found / real - 1) < 0.08, (found, real)  # a head that is tied may be written twice
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_float32_weights_of_the_optimizer_are_counted_to_the_byte(name):
+    "16-bit weights and gradients, and an optimizer that keeps float32 ones: what torch allocates for them."
+    model = AutoModelForCausalLM.from_config(SMALL[name], dtype=torch.bfloat16)
+    masters = [p.detach().float().requires_grad_() for p in model.parameters()]
+    optimizer = torch.optim.AdamW(masters)
+    model(input_ids=torch.arange(10)[None]).logits.sum().backward()
+    for p, master in zip(model.parameters(), masters):
+        master.grad = p.grad.float()
+    optimizer.step()
+    found = estimate(SMALL[name], optimizer="master_adamw", micro_batch=1, length=10)
+    assert found.part("weights").device == bytes_of(model.parameters())
+    assert found.part("gradients").device == bytes_of(p.grad for p in model.parameters())
+    assert found.part("master weights").device == bytes_of(masters)
+    assert found.part("optimizer").device == bytes_of(v for state in optimizer.state.values() for v in state.values() if v.dim())
+    assert found.part("16-bit copies of weights").device == 0
+
+
+@settings(max_examples=10, deadline=None)
+@given(budgets=st.lists(st.floats(0, 1), min_size=2, max_size=2).map(sorted), layers=st.integers(1, 4), rows=st.integers(1, 3))
+def test_a_smaller_budget_keeps_less(budgets, layers, rows):
+    config = GPT2Config(n_layer=layers, n_head=2, n_embd=32, vocab_size=70, n_positions=64, bos_token_id=0, eos_token_id=0)
+    ask = dict(config=config, micro_batch=rows, length=32, optimizer="master_adamw", compiled=True)
+    least, less, more, all_of_it = (estimate(**ask, activation_budget=b).part("activations").device for b in (0, *budgets, 1))
+    assert least <= less <= more <= all_of_it == estimate(**ask).part("activations").device
+    inputs = layers * rows * 32 * 32 * 2
+    assert least >= inputs and (layers > 1) == (least < all_of_it)
+    eager = ask | dict(compiled=False)
+    assert estimate(**eager, activation_budget=budgets[0]).device == estimate(**eager).device
+
+
 def test_deepspeeds_own_estimators_agree():
     "They give (host, device) and know neither activations nor buffers; their host figures have a factor of 1.5 for pinned memory."
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs as theirs
@@ -198,6 +229,7 @@ def test_what_holds_for_any_model(layers, heads, width, rows, length, processes,
 
 
 @pytest.mark.parametrize("changes, named", [
+    (dict(activation_budget=1.5), "share from 0 to 1"), (dict(optimizer="master_adamw", strategy="zero2"), "DeepSpeed"), (dict(optimizer="master_adamw", precision="32-true"), "16 bit"),
     (dict(strategy="fsdp"), "zero3"), (dict(strategy="zero5"), "zero"), (dict(precision="16"), "16-mixed"), (dict(micro_batch=0), "micro_batch"),
     (dict(processes=0), "processes"), (dict(config="nowhere.json"), "nowhere.json"), (dict(strategy="nowhere/zero.json"), "zero.json")])
 def test_what_cannot_be_estimated_is_refused(changes, named):
