@@ -1,0 +1,77 @@
+"""Memory predicted before a run, and held against what was measured: a JSON line a configuration.
+
+usage: python benchmarks/plan_memory.py [--out FILE]
+       python benchmarks/plan_memory.py --measured FILE [FILE ...] [--out FILE]
+
+The first form writes the predictions of `fengshen.training.memory.estimate` for one H200, whose memory torch gives as 139.8 GiB: the peak that torch reserves,
+its parts, and whether that fits. FILE is a record that is committed before anything is measured. The second form reads that record, not the formulas of today, and
+rows of `benchmarks/gpu.py` whose `name` is the same: `ratio` is predicted to measured reserved memory; a row that ran out of memory has no peak, and is right
+where the prediction was that it would. Host memory is compared where the row has it.
+
+Rows are those of `benchmarks/gpu.py`; `ours_32` is its row `ours` with 32 rows at once, which it does not have.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+GIB, H200 = 2**30, 139.8
+BIG, SMALL = "fengshen:models/gpt2_3.5b.json", dict(model_type="gpt2", vocab_size=50304, n_positions=1024, n_embd=768, n_layer=12, n_head=12)
+ALONE = dict(strategy="auto", optimizer="master_adamw", compiled=True)
+CONFIGURATIONS = {
+    "ours": dict(config=BIG, micro_batch=16, **ALONE),
+    "ours_80gb": dict(config=BIG, micro_batch=8, **ALONE),
+    "ours_offload_16": dict(config=BIG, micro_batch=16, strategy="zero3_offload", checkpointing=True),
+    "gpt2_110m": dict(config=SMALL, micro_batch=32, **ALONE),
+    "ours_32": dict(config=BIG, micro_batch=32, **ALONE),
+}
+
+
+def predict(name):
+    """The row of a configuration."""
+    from fengshen.training.memory import estimate
+
+    settings = dict(length=1024, precision="bf16-mixed") | CONFIGURATIONS[name]
+    found = estimate(**settings)
+    parts = {part.name: round(part.device / GIB, 3) for part in found.parts if part.device}
+    return dict(name=name, settings=settings, reserved_gib=round(found.device / GIB, 2), host_gib=round(found.host / GIB, 1), card_gib=H200, fits=found.device < H200 * GIB, parts=parts)
+
+
+def read(file):
+    """The rows of a file of JSON lines."""
+    return [json.loads(line) for line in Path(file).read_text("utf8").splitlines() if line.strip()]
+
+
+def compare(predicted, measured):
+    """Rows of both: the ratio of the peaks, or whether running out of memory was foreseen."""
+    out = []
+    for row in measured:
+        known = predicted.get(row["name"])
+        if known is None:
+            continue
+        short = "out of memory" in str(row.get("error", "")).lower() or "OutOfMemory" in str(row.get("error", ""))
+        found = dict(name=row["name"], predicted_gib=known["reserved_gib"], measured_gib=None if short else row.get("reserved_gib"), right=known["fits"] != short)
+        if not short and row.get("reserved_gib"):
+            found["ratio"] = round(known["reserved_gib"] / row["reserved_gib"], 3)
+        if not short and row.get("host_gib"):
+            found |= dict(predicted_host_gib=known["host_gib"], measured_host_gib=row["host_gib"])
+        out.append(found)
+    return out
+
+
+def main():
+    """Predict, or compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measured", nargs="+", help="rows of benchmarks/gpu.py")
+    parser.add_argument("--out", default=str(Path(__file__).parent / "results" / "plan_predictions.jsonl"), help="the record of predictions")
+    options = parser.parse_args()
+    if options.measured:
+        predicted = {row["name"]: row for row in read(options.out)}
+        for row in compare(predicted, [row for file in options.measured for row in read(file)]):
+            print(json.dumps(row))
+        return
+    Path(options.out).write_text("".join(json.dumps(predict(name)) + "\n" for name in CONFIGURATIONS), "utf8")
+
+
+if __name__ == "__main__":
+    main()
