@@ -15,19 +15,25 @@ from functools import partial
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..models import auto as auto_classes
 from ..models.loading import config_from, fit_vocabulary, from_checkpoint, from_config, zero3_context
 from ..models.lora import LoRAConfig, add_lora
+from ..losses import cross_entropy
 from ..models.model_utils import OptimizerConfig, ScheduleConfig, make_optimizer, make_schedule
 from ..tokenizer.load import with_end
 from .deepspeed import announce_compile
 from .kinds import KINDS, attention_of, check_objective, check_target, find_head, kind_inputs, kind_of, positions_of, scores_of
-from ..utils.core import choice, explain, load_name, patch
+from .sixteen import Sixteen
+from ..utils.core import choice, explain, load_name, patch, say
 from ..utils.device import device_kind
+from ..utils.kernels.adamw import MasterAdamW
 from ..utils.kernels.compile import compile_blocks, uncompiled
+from ..utils.kernels.float8 import use_float8, why_not_float8
+from ..utils.kernels.head_loss import head_loss, why_not_fused
 from ..utils.kernels.loss import chunked_loss
 from ..utils.resources import fetch
 
@@ -62,6 +68,8 @@ class LanguageModelModule(pl.LightningModule):
         lora: LoRAConfig | None = None,  # Train a low-rank adapter and freeze the rest; null: train everything
         gradient_checkpointing: bool | None = False,  # Recompute the blocks in the backward pass: a third more time, far less memory; null: where the memory asks for it, see global_batch
         compile: bool | None = None,  # Compile each block; None: where it pays (an accelerator, packed rows, no ZeRO-3)
+        activation_budget: float = 1.0,  # Of compiled blocks: share of the activations that is kept for the backward pass; the rest is computed again, what costs least first
+        float8: str | None = None,  # Multiply the blocks' linear layers in 8 bits: tensorwise (fastest) or rowwise (finer); needs a GPU that does
         optimizer: OptimizerConfig = OptimizerConfig(),  # Kind, learning rate, weight decay, betas, eps
         schedule: ScheduleConfig = ScheduleConfig(),  # Kind, warm-up, end of the learning rate
         loss: str | dict = "fengshen.losses.cross_entropy",  # A function (logits [N, V], labels [N]) -> loss of each token [N]; with settings: {name: fengshen.losses.focal, gamma: 3}
@@ -75,12 +83,13 @@ class LanguageModelModule(pl.LightningModule):
                                      "model.path (a checkpoint) or model.config (random weights), one of them", "set the other to null"))
         self.path, self.config, self.hub, self.attention_asked = path, config, hub, attention
         self.lora, self.gradient_checkpointing, self.compile_asked = lora, gradient_checkpointing, compile
+        self.activation_budget, self.float8, self.sixteen = activation_budget, float8, None
         self.optimizer_config, self.schedule_config = optimizer, schedule
         self.loss_fn = named(loss)
         self.metrics = nn.ModuleDict({name: named(metric)() for name, metric in metrics.items()})
         self.n_samples, self.max_new_tokens = samples, max_new_tokens
         self.model = None
-        self.kind, self.head, self.plain_head, self.grad_norm = "causal", None, None, None
+        self.kind, self.head, self.plain_head, self.fused_head, self.grad_norm = "causal", None, None, False, None
         self.totals = Totals()  # what the run record reads
         self.valid, self.samples = {}, []
 
@@ -140,6 +149,8 @@ def on_save_checkpoint(self: LanguageModelModule, checkpoint):
         checkpoint["lora"] = self.lora.facts() | dict(base=self.path, hub=self.hub)
     mine = torch.tensor(float(self.totals.tokens), device=self.device, dtype=torch.float64)
     checkpoint["tokens"] = int(self.trainer.strategy.reduce(mine, reduce_op="sum"))
+    if self.sixteen:
+        self.sixteen.fill(checkpoint["state_dict"])
 
 
 @patch
@@ -149,9 +160,27 @@ def on_load_checkpoint(self: LanguageModelModule, checkpoint):
 
 
 @patch
+def load_state_dict(self: LanguageModelModule, state_dict, *args, **kwargs):
+    "Weights, those behind 16 bits too."
+    found = super(LanguageModelModule, self).load_state_dict(state_dict, *args, **kwargs)
+    if self.sixteen:
+        self.sixteen.take(state_dict)
+    return found
+
+
+@patch
 def teardown(self: LanguageModelModule, stage):
-    "After the loop, models are built whole again: without this, an export in the same process would get empty shards."
+    "After the loop, models are built whole again: without this, an export in the same process would get empty shards. Weights are float32 again."
     self._zero3 = None
+    if self.sixteen:
+        self.sixteen.release()
+        self.sixteen = None
+
+
+@patch
+def computing(self: LanguageModelModule):
+    "The context of everything the model computes."
+    return self.sixteen.computing() if self.sixteen else nullcontext()
 
 
 def _tokenizer(self):
@@ -192,9 +221,16 @@ def prepare(
     model.set_attn_implementation(self.attention)
     if self.gradient_checkpointing:
         enable_checkpointing(model)
+    if self.float8:
+        obstacle = why_not_float8()
+        if obstacle:
+            raise ValueError(explain("products of 8 bits cannot be had here", self.float8, "another GPU, or model.float8 null", obstacle))
+        choice("8-bit products", f"{use_float8(model, self.float8)} linear layers, {self.float8}", "asked for; validation is in 16 bits")
     wanted, why = (self.compile_asked, "as asked") if self.compile_asked is not None else self.compile_reason(zero3)
     if choice("compiled blocks", wanted, why):
-        compile_blocks(model)
+        compile_blocks(model, self.activation_budget)
+    elif self.activation_budget != 1:
+        say("model.activation_budget is not used: the blocks are not compiled; model.gradient_checkpointing saves memory without")
 
 
 @patch
@@ -254,7 +290,8 @@ def training_step(self: LanguageModelModule, batch, batch_idx):
     if batch_idx % self.trainer.accumulate_grad_batches == 0:
         mine = torch.tensor([float(batch["step_labels"]), float(batch.get("step_second", 0))], device=self.device)
         self.totals.open_window(*self.trainer.strategy.reduce(mine, reduce_op="sum").clamp(min=1))
-    loss_sum, second_sum = self.losses(batch)
+    with self.computing():
+        loss_sum, second_sum = self.losses(batch)
     if second_sum is not None:
         loss_sum = loss_sum + second_sum * (self.totals.labels / self.totals.second)
     self.totals.add(loss_sum, batch["tokens"], batch["input_ids"].numel(), len(batch.get("unlabelled", ())))
@@ -281,7 +318,10 @@ def token_loss(
         states, head = out.last_hidden_state, self.model.get_submodule(self.head)
     else:
         states, head = scores_of(out), nn.Identity()
-    return chunked_loss(states, batch["labels"].reshape(len(states), -1), head, self.loss_fn, observe=observe)
+    labels, count = batch["labels"].reshape(len(states), -1), batch.get("num_labels")
+    if self.fused_head and observe is None:
+        return head_loss(states, labels, head, count=count)
+    return chunked_loss(states, labels, head, self.loss_fn, observe=observe, count=count)
 
 
 @patch
@@ -308,11 +348,15 @@ def check_head(self: LanguageModelModule):
     "Find out, once the strategy has set the model up, whether the head can be run on the scored tokens alone."
     if self.plain_head is not None:
         return
-    with self.trainer.precision_plugin.forward_context(), uncompiled():
+    with self.trainer.precision_plugin.forward_context(), self.computing(), uncompiled():
         self.head = find_head(self.model)
     self.plain_head = self.head is not None
     if not self.plain_head:
         choice("loss", "full logits", "this model's scores are not a head applied to the last state")
+        return
+    obstacle = "its loss is not cross_entropy" if self.loss_fn is not cross_entropy else why_not_fused(self.model.get_submodule(self.head))
+    self.fused_head = not obstacle
+    choice("loss", "with the head, a chunk after the other" if obstacle else "in one with the head", obstacle or "cross entropy behind a linear head")
 
 
 @patch
@@ -344,7 +388,8 @@ def validation_step(self: LanguageModelModule, batch, batch_idx):
         for metric in self.metrics.values():
             metric.update(logits, labels)
 
-    loss_sum, second_sum = self.losses(batch, observe)
+    with self.computing():
+        loss_sum, second_sum = self.losses(batch, observe)
     counts = torch.tensor([batch["num_labels"], batch.get("num_second", 0)], dtype=torch.float64, device=loss_sum.device)
     self._valid_sums += torch.cat([torch.stack([loss_sum, loss_sum * 0 if second_sum is None else second_sum]).double(), counts])
 
@@ -462,7 +507,9 @@ def configure_optimizers(self: LanguageModelModule):
     strategy = self.trainer.strategy
     offload = getattr(strategy, "offload_optimizer", False)
     with announce_compile("cpu_adam", "DeepSpeed's optimizer for the host", 30) if offload else nullcontext():
-        optimizer = make_optimizer(self.model, self.optimizer_kind(), deepspeed=hasattr(strategy, "deepspeed_engine"), offload=offload)
+        sixteen = isinstance(strategy, SingleDeviceStrategy) and str(self.trainer.precision) == "bf16-mixed"
+        optimizer = make_optimizer(self.model, self.optimizer_kind(), deepspeed=hasattr(strategy, "deepspeed_engine"), offload=offload, sixteen=sixteen)
+    self.sixteen = Sixteen(self, optimizer) if isinstance(optimizer, MasterAdamW) else None
     schedule = make_schedule(optimizer, self.schedule_config, self.trainer.estimated_stepping_batches)
     return dict(optimizer=optimizer, lr_scheduler=dict(scheduler=schedule, interval="step"))
 
@@ -492,7 +539,8 @@ def configure_gradient_clipping(self: LanguageModelModule, optimizer, gradient_c
         raise ValueError(explain("gradients are clipped by their norm", gradient_clip_algorithm, "'norm'", "remove trainer.gradient_clip_algorithm"))
     engine, self.totals.read = getattr(self.trainer.strategy, "deepspeed_engine", None), None
     if engine is None:
-        self.grad_norm = nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val or math.inf)
+        most = gradient_clip_val or math.inf
+        self.grad_norm = self.sixteen.clip(most) if self.sixteen else nn.utils.clip_grad_norm_(self.parameters(), most)
         if not math.isfinite(self.read_step()["grad_norm"]):
             self.zero_grad(set_to_none=True)
     elif engine.is_gradient_accumulation_boundary():

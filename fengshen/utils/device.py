@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PEAKS', 'device_kind', 'lightning_accelerator', 'default_precision', 'point_deepspeed_at', 'memory', 'room',
            'device_count', 'host_memory', 'reset_peak_memory', 'release_cached_memory', 'avoid_fragmentation',
-           'device_name', 'peak_flops', 'has_flash_varlen', 'has_device_compiler', 'synchronize', 'seeded',
-           'device_rng', 'set_device_rng']
+           'device_name', 'peak_flops', 'Lane', 'has_flash_varlen', 'has_float8', 'has_device_compiler', 'synchronize',
+           'seeded', 'device_rng', 'set_device_rng']
 
 # %% ../../nbs/api/utils/device.ipynb #c81e728d
 import contextlib
@@ -109,6 +109,63 @@ def peak_flops(
     name = device_name() if name is None else name
     return next((peak for known, peak in PEAKS.items() if known in name), None) if "16" in str(precision) else None
 
+# %% ../../nbs/api/utils/device.ipynb #374c3cb3
+class Lane:
+    "Copies of flat tensors between a device and the host, beside the device's computing."
+
+    def __init__(
+        self,
+        device,  # The device the tensors are on
+        size,  # Numbers of a piece at most
+        dtype,  # dtype of what goes up
+        depth=4,  # Buffers for each direction
+    ):
+        self.apart, self.depth, self.turn = torch.device(device).type != "cpu", depth, [0, 0]
+        if self.apart:
+            self.down, self.up = torch.cuda.Stream(device), torch.cuda.Stream(device)
+            self.wide, self.narrow = ([torch.empty(size, dtype=kind, pin_memory=True) for _ in range(depth)] for kind in (torch.float32, dtype))
+            self.sent = [None] * depth
+
+    def next(self, way) -> int:
+        "The buffer whose turn it is: 0 down, 1 up."
+        self.turn[way] += 1
+        return self.turn[way] % self.depth
+
+    def fetch(self, tensor, scale=None):
+        "Start to bring a tensor, times a factor on its device, to the host; the result is for `wait`."
+        if not self.apart:
+            return tensor.float() * (1 if scale is None else scale), None
+        buffer = self.wide[self.next(0)][: tensor.numel()]
+        self.down.wait_stream(torch.cuda.current_stream(tensor.device))
+        with torch.cuda.stream(self.down):
+            wide = tensor.float() if scale is None else tensor.float() * scale
+            buffer.copy_(wide, non_blocking=True)
+            return buffer, self.down.record_event()
+
+    def wait(self, fetched) -> torch.Tensor:
+        "The tensor on the host, in float32, once it is there; its buffer is used again `depth` pieces later."
+        buffer, event = fetched
+        if event is not None:
+            event.synchronize()
+        return buffer
+
+    def send(self, source, target):
+        "Start to copy a host tensor, which may be changed at once, into one on the device."
+        if not self.apart:
+            return target.copy_(source)
+        i = self.next(1)
+        if self.sent[i] is not None:
+            self.sent[i].synchronize()
+        narrow = self.narrow[i][: source.numel()].copy_(source)
+        with torch.cuda.stream(self.up):
+            target.copy_(narrow, non_blocking=True)
+            self.sent[i] = self.up.record_event()
+
+    def join(self):
+        "Let what the device computes next wait for what is on its way up."
+        if self.apart:
+            torch.cuda.current_stream(self.up.device).wait_stream(self.up)
+
 # %% ../../nbs/api/utils/device.ipynb #6f4922f4
 def has_flash_varlen(
     head_dim,  # Width of one attention head
@@ -118,6 +175,11 @@ def has_flash_varlen(
     if device_kind() != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return False
     return torch.cuda.get_device_capability()[0] >= 8 and head_dim % 8 == 0 and head_dim <= 256
+
+
+def has_float8() -> bool:
+    "True where matrix products of 8-bit floats run: Ada, Hopper or newer."
+    return device_kind() == "cuda" and torch.cuda.get_device_capability() >= (8, 9)
 
 
 def has_device_compiler() -> bool:

@@ -7,6 +7,7 @@ __all__ = ['blocks', 'compile_blocks', 'uncompiled']
 
 # %% ../../../nbs/api/utils/kernels/compile.ipynb #c81e728d
 import torch
+import torch._functorch.config as functorch
 from torch import nn
 
 from ..core import explain
@@ -27,9 +28,13 @@ def blocks(
 # %% ../../../nbs/api/utils/kernels/compile.ipynb #6512bd43
 def compile_blocks(
     model,  # A Hugging Face model; changed in place, its parameters keep their names
+    budget=1.0,  # Share of a block's activations that is kept for the backward pass, 0 to 1; the rest is computed again, what costs least first
 ) -> nn.ModuleList:
     "Compile every transformer block for fixed shapes; compilation happens at the first call. Returns the blocks."
+    if not 0 <= budget <= 1:
+        raise ValueError(explain("the activation budget is a share", budget, "a number from 0 to 1", "1 keeps everything, 0 keeps what a block starts from"))
     found = blocks(model)
+    functorch.activation_memory_budget = float(budget)  # read when the first block is compiled
     for block in found:
         block.compile(dynamic=False)
     return found

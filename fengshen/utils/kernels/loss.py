@@ -15,10 +15,12 @@ from torch.utils.checkpoint import checkpoint
 def scored_rows(
     hidden_bld,  # Last hidden states, [b, l, d]
     labels_bl,  # Token ids, -100 where nothing is scored; not shifted; [b, l + 1] where the last state has a token to predict too
+    count=None,  # Scored tokens, where they have been counted; without it an accelerator has to be waited for
 ):
     "The states that predict a scored token, [n, d], and those tokens, [n]."
     hidden, labels = hidden_bld[:, : labels_bl.shape[1] - 1].flatten(0, 1), labels_bl[:, 1:].flatten()
-    rows = (labels != -100).nonzero().squeeze(1)
+    scored = labels != -100
+    rows = (scored.nonzero() if count is None else scored.nonzero_static(size=count)).squeeze(1)
     return hidden.index_select(0, rows), labels.index_select(0, rows)
 
 # %% ../../../nbs/api/utils/kernels/loss.ipynb #d3d94468
@@ -61,9 +63,10 @@ def chunked_loss(
     loss_fn,  # (logits [n, v], labels [n]) -> loss of each token [n], fengshen.losses.cross_entropy
     chunk=2048,  # Scored tokens whose logits exist at a time; 2048 x 50,304 in float32 are 0.4 GiB
     observe=None,  # (logits [n, v], labels [n]), called for every chunk without gradients
+    count=None,  # Scored tokens, where they have been counted
 ):
     "Summed loss over the scored tokens, a scalar; a batch without any gives an exact 0 that still reaches every parameter."
-    hidden, labels = scored_rows(hidden_bld, labels_bl)
+    hidden, labels = scored_rows(hidden_bld, labels_bl, count)
 
     def work(forward, hidden):
         total = 0.0
