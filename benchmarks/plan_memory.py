@@ -3,10 +3,11 @@
 usage: python benchmarks/plan_memory.py [--out FILE]
        python benchmarks/plan_memory.py --measured FILE [FILE ...] [--out FILE]
 
-The first form writes the predictions of `fengshen.training.memory.estimate` for one H200, whose memory torch gives as 139.8 GiB: the peak that torch reserves,
-its parts, and whether that fits. FILE is a record that is committed before anything is measured. The second form reads that record, not the formulas of today, and
-rows of `benchmarks/gpu.py` whose `name` is the same: `ratio` is predicted to measured reserved memory; a row that ran out of memory has no peak, and is right
-where the prediction was that it would. Host memory is compared where the row has it.
+The first form writes the predictions of `fengshen.training.memory.estimate` for one H200, whose memory torch gives as 139.8 GiB: the
+peak that torch reserves, its parts, and whether that fits. FILE is a record that is committed before anything is measured. The second
+form reads that record, not the formulas of today, and rows of `benchmarks/gpu.py` whose `name` is the same: `ratio` is predicted to
+measured reserved memory; a row that ran out of memory has no peak, and is right where the prediction was that it would. Host memory is
+compared where the row has it.
 
 Rows are those of `benchmarks/gpu.py`; `ours_32` is its row `ours` with 32 rows at once, which it does not have.
 """
@@ -34,7 +35,8 @@ def predict(name):
     settings = dict(length=1024, precision="bf16-mixed") | CONFIGURATIONS[name]
     found = estimate(**settings)
     parts = {part.name: round(part.device / GIB, 3) for part in found.parts if part.device}
-    return dict(name=name, settings=settings, reserved_gib=round(found.device / GIB, 2), host_gib=round(found.host / GIB, 1), card_gib=H200, fits=found.device < H200 * GIB, parts=parts)
+    peak = dict(reserved_gib=round(found.device / GIB, 2), host_gib=round(found.host / GIB, 1))
+    return dict(name=name, settings=settings, **peak, card_gib=H200, fits=found.device < H200 * GIB, parts=parts)
 
 
 def read(file):
@@ -50,9 +52,10 @@ def compare(predicted, measured):
         if known is None:
             continue
         short = "out of memory" in str(row.get("error", "")).lower() or "OutOfMemory" in str(row.get("error", ""))
-        found = dict(name=row["name"], predicted_gib=known["reserved_gib"], measured_gib=None if short else row.get("reserved_gib"), right=known["fits"] != short)
-        if not short and row.get("reserved_gib"):
-            found["ratio"] = round(known["reserved_gib"] / row["reserved_gib"], 3)
+        peak = None if short else row.get("reserved_gib")
+        found = dict(name=row["name"], predicted_gib=known["reserved_gib"], measured_gib=peak, right=known["fits"] != short)
+        if peak:
+            found["ratio"] = round(known["reserved_gib"] / peak, 3)
         if not short and row.get("host_gib"):
             found |= dict(predicted_host_gib=known["host_gib"], measured_host_gib=row["host_gib"])
         out.append(found)

@@ -145,6 +145,9 @@ def test_float32_weights_of_the_optimizer_are_counted_to_the_byte(name):
     assert found.part("master weights").device == bytes_of(masters)
     assert found.part("optimizer").device == bytes_of(v for state in optimizer.state.values() for v in state.values() if v.dim())
     assert found.part("16-bit copies of weights").device == 0
+    host = estimate(SMALL[name], optimizer="host_adamw", micro_batch=1, length=10)
+    moved = found.part("master weights").device + found.part("optimizer").device
+    assert host.part("master weights").host + host.part("optimizer").host == moved and abs(found.device - host.device - 1.02 * moved) < 2
 
 
 @settings(max_examples=10, deadline=None)
@@ -229,7 +232,7 @@ def test_what_holds_for_any_model(layers, heads, width, rows, length, processes,
 
 
 @pytest.mark.parametrize("changes, named", [
-    (dict(activation_budget=1.5), "share from 0 to 1"), (dict(optimizer="master_adamw", strategy="zero2"), "DeepSpeed"), (dict(optimizer="master_adamw", precision="32-true"), "16 bit"),
+    (dict(activation_budget=1.5), "share from 0 to 1"), (dict(optimizer="master_adamw", strategy="zero2"), "DeepSpeed"), (dict(optimizer="master_adamw", precision="32-true"), "bf16-mixed"), (dict(optimizer="adamv"), "adamw"),
     (dict(strategy="fsdp"), "zero3"), (dict(strategy="zero5"), "zero"), (dict(precision="16"), "16-mixed"), (dict(micro_batch=0), "micro_batch"),
     (dict(processes=0), "processes"), (dict(config="nowhere.json"), "nowhere.json"), (dict(strategy="nowhere/zero.json"), "zero.json")])
 def test_what_cannot_be_estimated_is_refused(changes, named):
