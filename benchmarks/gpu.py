@@ -1,13 +1,14 @@
 """Training on one GPU: this library through `fengshen fit`, and the trainers that a user could pick instead, a JSON line a configuration.
 
-usage: python benchmarks/gpu.py --data FOLDER [--only NAME ...] [--group NAME ...] [--rounds N] [--timeout S] [--out FILE]
+usage: python benchmarks/gpu.py --data FOLDER [--only NAME ...] [--group NAME ...] [--rounds N] [--timeout S] [--minutes N]
+       [--out FILE]
        python benchmarks/gpu.py --list | --table [--out FILE] | --smoke [--only NAME ...]
 
 FOLDER is what `benchmarks/gpu_data.py` writes; nothing else is read, and nothing is fetched. Each configuration is a process of its own;
-one that fails, runs out of memory or out of time is a row with its error. --only takes names or patterns such as 'qwen*'. With --rounds the
-list is run several times, so that the two sides of a ratio alternate; --table prints, from the file alone, the medians over the rounds and
-what ours is to the fastest peer of the same group, and to the fastest stock one (a peer is tuned where a user has to write code for its
-attention).
+one that fails, runs out of memory or out of time (--timeout) is a row with its error, and none starts after --minutes. --only takes names
+or patterns such as 'qwen*'. With --rounds the list is run several times, so that the two sides of a ratio alternate; --table prints, from
+the file alone, the medians over the rounds and what ours is to the fastest peer of the same group, and to the fastest stock one (a peer is
+tuned where a user has to write code for its attention).
 
 Models have random weights, rows are packed questions and answers (zh: median 524 tokens under the GPT-2 tokenizer, en: 199; cut at 1,024),
 of which the answers are scored. `tokens_per_second` counts real tokens, no padding: the median over the steps after the first four. `mfu`
@@ -265,6 +266,7 @@ def execute(row, data, folder, smoke, timeout):
     watch.start()
     with open(Path(folder, "log"), "w+") as log:
         environment = dict(FENGSHEN_CACHE=f"{tempfile.gettempdir()}/fengshen-gpu") | os.environ
+        environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
         process = subprocess.Popen(command(row, data, folder, smoke, started), stdout=log, stderr=log, start_new_session=True, env=environment)
         try:
             status = process.wait(timeout)
@@ -395,10 +397,12 @@ def chosen(options):
 
 def measure_all(options, data):
     """Round after round, each row written as soon as it is there."""
-    names = chosen(options)
+    names, start = chosen(options), time.time()
     for number in range(options.rounds):
         facts = dict(round=number) | ({} if options.smoke else matmul())
         for name in names:
+            if time.time() - start > 60 * options.minutes:
+                return
             row = measure(name, data, facts, options.smoke, options.timeout)
             print(json.dumps(row), flush=True)
             with open(options.out, "a", encoding="utf8") as f:
@@ -414,6 +418,7 @@ def main():
     parser.add_argument("--group", nargs="*")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--timeout", type=int, default=300)
+    parser.add_argument("--minutes", type=float, default=float("inf"))
     parser.add_argument("--out", default=str(HERE / "results" / "gpu.jsonl"))
     for flag in ("smoke", "list", "table"):
         parser.add_argument(f"--{flag}", action="store_true")

@@ -394,7 +394,9 @@ def lightning(case, clock, folder):
     from torch.utils.data import DataLoader
 
     class Module(pl.LightningModule):
-        model = None
+        def __init__(self):
+            super().__init__()
+            self.model = None
 
         def configure_model(self):
             if self.model is None:
