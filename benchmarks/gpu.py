@@ -65,6 +65,7 @@ def peer(name, group, model, states="fp32 weights and states, autocast", tuned=F
 
 MASTER, MIXED = "bf16 weights, fp32 masters and moments", "fp32 weights and states, autocast"
 LORA = dict(r=16, alpha=32)
+FOUR = "nf4 base, fp32 LoRA, autocast"
 FAST = dict(trainer__strategy="auto")
 HOST = dict(recipe="wenzhong_qa_offload", warm=2, steps=4)
 
@@ -77,11 +78,11 @@ ours("ours_80gb", BIG, "gpt2_3b6", rows=8, accumulate=2, states=MASTER, **FAST)
 ours("ours_80gb_budget", BIG, "gpt2_3b6", states=MASTER, **FAST, model__activation_budget=0.5)
 ours("ours_mixed", BIG, "gpt2_3b6", states=MIXED, **FAST, model__optimizer__kind="fused_adamw")
 ours("ours_zero2", BIG, "gpt2_3b6", states="ZeRO-2", trainer__strategy="zero2")
-ours("ours_fp8", BIG, "gpt2_3b6", states="fp8 linears, " + MASTER, **FAST, model__float8="tensorwise")
-ours("ours_fp8_rowwise", BIG, "gpt2_3b6", states="fp8 linears (rowwise), " + MASTER, **FAST, model__float8="rowwise")
+ours("ours_fp8", BIG, "gpt2_3b6", states="fp8 linears, " + MASTER, **FAST, model__fp8="tensorwise")
+ours("ours_fp8_rowwise", BIG, "gpt2_3b6", states="fp8 linears (rowwise), " + MASTER, **FAST, model__fp8="rowwise")
 EN = "3.56B full en, 16,384 tokens a step"
 ours("ours_en", EN, "gpt2_3b6", lengths="en", states=MASTER, **FAST)
-ours("ours_en_fp8", EN, "gpt2_3b6", lengths="en", states="fp8 linears, " + MASTER, **FAST, model__float8="tensorwise")
+ours("ours_en_fp8", EN, "gpt2_3b6", lengths="en", states="fp8 linears, " + MASTER, **FAST, model__fp8="tensorwise")
 peer("hf_en_packed", EN, "gpt2_3b6", lengths="en")
 peer("hf_en_varlen", EN, "gpt2_3b6", lengths="en", batch="flat", tuned=True)
 SMALL = "3.56B full zh, states on the host, 65,536 tokens a step"
@@ -104,6 +105,8 @@ for model, title in (("gpt2_3b6", "3.56B"), ("qwen3_4b", "Qwen3-4B-type")):
     peer(f"{short}_lora_hf_20gb", group, model, lora=True, rows=2, accumulate=8, states="bf16 base, fp32 LoRA, autocast")
     peer(f"{short}_lora_hf_varlen", group, model, lora=True, batch="flat", tuned=True, states="bf16 base, fp32 LoRA, autocast")
     peer(f"{short}_lora_trl", group, model, lora=True, trainer="trl", tuned=True, states="bf16 base, fp32 LoRA, autocast")
+    peer(f"{short}_qlora_hf", f"{title} QLoRA r=16 zh, 16,384 tokens a step", model, lora=True, four_bit=True, states=FOUR)
+    peer(f"{short}_qlora_hf_10gb", f"{title} QLoRA r=16 zh, 16,384 tokens a step", model, lora=True, four_bit=True, rows=2, accumulate=8, states=FOUR)
 QWEN = "Qwen3-4B-type full zh, 16,384 tokens a step"
 ours("qwen3", QWEN, "qwen3_4b", states=MASTER, **FAST)
 ours("qwen3_8x2", QWEN, "qwen3_4b", rows=8, accumulate=2, states=MASTER, **FAST)
@@ -200,7 +203,8 @@ def words_of(row, data, folder, smoke):
     if pretrain:
         del flags["model.path"], flags["trainer.accumulate_grad_batches"]
     if smoke:
-        flags |= {"trainer.max_steps": 3, "trainer.precision": "32-true"} | ({} if pretrain else {"data.max_length": 64})
+        precision = "bf16-mixed" if row["flags"].get("model.optimizer.kind") == "host_adamw" else "32-true"
+        flags |= {"trainer.max_steps": 3, "trainer.precision": precision} | ({} if pretrain else {"data.max_length": 64})
         flags |= (
             {"global_batch": 2, "data.micro_batch": 2}
             if pretrain

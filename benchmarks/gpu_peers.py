@@ -32,7 +32,18 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 VARLEN = "by_document"
 DEFAULTS = dict(
-    trainer="hf", batch="packed", lengths="zh", rows=16, accumulate=1, steps=8, warm=4, compile=True, lora=False, checkpointing=False, smoke=False
+    trainer="hf",
+    batch="packed",
+    lengths="zh",
+    rows=16,
+    accumulate=1,
+    steps=8,
+    warm=4,
+    compile=True,
+    lora=False,
+    four_bit=False,
+    checkpointing=False,
+    smoke=False,
 )
 
 
@@ -135,7 +146,7 @@ class Drawn(Dataset):
         draw = np.random.RandomState(i)
         ids = draw.randint(5, self.vocabulary, self.row)
         labels = draw.randint(5, self.vocabulary, self.row // 5 + 12) if self.spans else np.where(draw.rand(self.row) < 0.15, ids, -100)
-        return tensors(ids, labels) | dict(tokens=self.row)
+        return tensors(ids, labels) | dict(tokens=self.row + len(labels) * self.spans)
 
 
 BATCHES = dict(packed=Packed, flat=Flat, padded=Documents, windows=Windows, masked=Drawn, spans=Drawn)
@@ -204,17 +215,39 @@ def build(case, dtype=torch.float32, device=DEVICE):
     with torch.device(device) if device else nullcontext():
         model = getattr(transformers, AUTO[kind]).from_config(config, dtype=dtype, **(dict(attn_implementation=asked) if asked else {}))
     case["attention"] = model.config._attn_implementation
-    return adapted(model) if case["lora"] else model
+    if case["four_bit"]:
+        quantise(model)
+    return adapted(model, case["four_bit"]) if case["lora"] else model
 
 
-def adapted(model):
+def quantise(model):
+    """Every linear layer but the head in four bits (nf4, by bitsandbytes), in place; what transformers does with weights that it loads."""
+    import bitsandbytes
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    for name, layer in list(model.named_modules()):
+        if layer is head or not isinstance(layer, (torch.nn.Linear, Conv1D)):
+            continue
+        weight = layer.weight.data.T if isinstance(layer, Conv1D) else layer.weight.data
+        narrow = bitsandbytes.nn.Linear4bit(
+            *weight.shape[::-1], bias=layer.bias is not None, compute_dtype=weight.dtype, quant_type="nf4", device="meta"
+        )
+        narrow.weight = bitsandbytes.nn.Params4bit(weight.contiguous().cpu(), requires_grad=False, quant_type="nf4")
+        narrow.bias = layer.bias
+        model.set_submodule(name, narrow.to(DEVICE))
+    model.is_loaded_in_4bit = True  # peft asks
+
+
+def adapted(model, four_bit):
     """A LoRA adapter of rank 16 on every linear layer of the blocks."""
     import peft
 
     gpt2 = model.config.model_type == "gpt2"
     layers = ["c_attn", "c_proj", "c_fc"] if gpt2 else ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     return peft.get_peft_model(
-        model, peft.LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=layers, task_type="CAUSAL_LM", fan_in_fan_out=gpt2)
+        model,
+        peft.LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=layers, task_type="CAUSAL_LM", fan_in_fan_out=gpt2 and not four_bit),
     )
 
 
