@@ -13,7 +13,7 @@ import sys
 
 from .. import __version__
 from . import recipes
-from ..utils.core import Explained, is_main_process, nearest, say
+from ..utils.core import Explained, explain, is_main_process, nearest, say
 
 # %% ../../nbs/api/cli/main.ipynb #1679091c
 def _fit(args):
@@ -105,15 +105,22 @@ def _chat(args):
 def _generate(args):
     parser = argparse.ArgumentParser("fengshen generate", description="Continue prompts with a Hugging Face folder.")
     parser.add_argument("folder", help="an exported folder, any Hugging Face folder, or a hub id")
-    parser.add_argument("--prompt", action="append", required=True, help="text to continue; may be given several times")
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument("--prompt", action="append", help="text to continue; may be given several times")
+    given.add_argument("--prompts", help="a file with a prompt a line, or a .jsonl file of strings or objects with the key prompt; needs --out")
+    parser.add_argument("--out", help="with --prompts: the .jsonl file for prompts and texts")
     parser.add_argument("--max_new_tokens", type=int, default=128, help="longest continuation, in tokens")
     parser.add_argument("--top_p", type=float, default=None, help="sample from the most likely tokens of this total probability; without it the answer is greedy")
     parser.add_argument("--seed", type=int, default=42, help="seed of the sampling")
     options = vars(parser.parse_args(args))
-    from fengshen.pipelines.generate import generate
+    from fengshen.pipelines.generate import generate, generate_file
 
-    prompts = options.pop("prompt")
-    for text in generate(options.pop("folder"), prompts, **options):
+    folder, prompts, file, out = (options.pop(name) for name in ("folder", "prompt", "prompts", "out"))
+    if bool(file) != bool(out):
+        raise ValueError(explain("--prompts and --out belong together", dict(prompts=file, out=out), "a file to read and a file to write"))
+    if file:
+        say(f"{generate_file(folder, file, out, **options):,} texts in {out}")
+    for text in generate(folder, prompts, **options) if prompts else ():
         print(text)
 
 # %% ../../nbs/api/cli/main.ipynb #d3d94468

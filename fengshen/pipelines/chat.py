@@ -9,7 +9,8 @@ __all__ = ['COMMANDS', 'Chat', 'streamer_to', 'converse', 'answer_line']
 import torch
 
 from ..data.task_dataloader.templates import find_template
-from .generate import load, stops
+from ..models.generation import stops
+from .generate import load
 from ..utils.core import explain, patch, say
 from ..utils.device import seeded
 
