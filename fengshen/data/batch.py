@@ -176,9 +176,11 @@ def document_numbers(
     numbers = np.repeat(np.arange(len(ends) - 1), np.diff(ends)).reshape(rows, length)
     ids, labels = batch["input_ids"].cpu().numpy(), batch["labels"].cpu().numpy()
     for row in range(rows):
-        last = numbers[row] == numbers[row, -1]
-        if is_padding(ids[row, last], labels[row, last]):
-            numbers[row, last] = -1
+        for number in np.unique(numbers[row])[::-1]:  # padding stands at the end, in pieces where it is long
+            piece = numbers[row] == number
+            if not is_padding(ids[row, piece], labels[row, piece]):
+                break
+            numbers[row, piece] = -1
     return numbers
 
 # %% ../../nbs/api/data/batch.ipynb #19ca14e7

@@ -229,12 +229,12 @@ def pack_rows(
     capacity,  # Tokens of a row
     pad_id,  # Id that fills the end of a row; any valid id
     tokenizer=None,  # For the picture only
-    longest=None,  # Positions the model has, where rows are longer: padding stays below; None: the capacity
+    longest=None,  # Tokens of a document at most, where rows are longer: padding is no longer either; None: the capacity
 ) -> Batch:
     "A packed batch: [rows, capacity] ids, labels and positions, and the documents' boundaries; no rows give one row of padding."
     rows = rows if len(rows) else [[]]
     ids, labels = np.full((len(rows), capacity), pad_id, np.int64), np.full((len(rows), capacity), -100, np.int64)
-    lengths = [row_lengths(row, capacity) for row in rows]
+    lengths = [row_lengths(row, capacity, longest or capacity) for row in rows]
     for row, samples in enumerate(rows):
         starts = np.concatenate([[0], np.cumsum(lengths[row])])[: len(samples)]
         for sample, a in zip(samples, starts):
@@ -247,16 +247,17 @@ def pack_rows(
 def lay_out(ids, labels, lengths, capacity, tokens, tokenizer=None, longest=None) -> Batch:
     "The batch of ids and labels whose documents, padding among them, have these lengths; no document's first token is a label."
     labels.reshape(-1)[np.cumsum(lengths) - lengths] = -100
-    arrays = dict(input_ids=ids, labels=labels, position_ids=np.minimum(positions(lengths), (longest or capacity) - 1))
+    arrays = dict(input_ids=ids, labels=labels, position_ids=positions(lengths))
     tensors = {k: torch.from_numpy(v.reshape(-1, capacity)) for k, v in arrays.items()}
-    return finish(Batch(tensors, cu_seq_lens=boundaries(lengths, ids.size), max_seq_len=capacity), tokens, tokenizer)
+    return finish(Batch(tensors, cu_seq_lens=boundaries(lengths, ids.size), max_seq_len=longest or capacity), tokens, tokenizer)
 
 # %% ../../nbs/api/data/packing.ipynb #33e75ff0
-def row_lengths(samples, capacity) -> list:
-    "Lengths of a row's documents, the padding that fills it included."
+def row_lengths(samples, capacity, longest) -> list:
+    "Lengths of a row's documents, and of the padding that fills it, none of it above `longest`: kernels by document are told so."
     lengths = [len(s["input_ids"]) for s in samples]
     assert sum(lengths) <= capacity, (sum(lengths), capacity)
-    return lengths + [capacity - sum(lengths)] * (sum(lengths) < capacity)
+    whole, rest = divmod(capacity - sum(lengths), longest)
+    return lengths + [longest] * whole + [rest] * (rest > 0)
 
 # %% ../../nbs/api/data/packing.ipynb #34173cb3
 def positions(lengths) -> np.ndarray:

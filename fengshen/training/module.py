@@ -69,7 +69,7 @@ class LanguageModelModule(pl.LightningModule):
         gradient_checkpointing: bool | None = False,  # Recompute the blocks in the backward pass: a third more time, far less memory; null: where the memory asks for it, see global_batch
         compile: bool | None = None,  # Compile each block; None: where it pays (an accelerator, packed rows, no ZeRO-3)
         activation_budget: float = 1.0,  # Of compiled blocks: share of the activations that is kept for the backward pass; the rest is computed again, what costs least first
-        float8: str | None = None,  # Multiply the blocks' linear layers in 8 bits: tensorwise (fastest) or rowwise (finer); needs a GPU that does
+        fp8: str | None = None,  # Multiply the blocks' linear layers in 8 bits: tensorwise (fastest) or rowwise (finer); needs a GPU that does
         optimizer: OptimizerConfig = OptimizerConfig(),  # Kind, learning rate, weight decay, betas, eps
         schedule: ScheduleConfig = ScheduleConfig(),  # Kind, warm-up, end of the learning rate
         loss: str | dict = "fengshen.losses.cross_entropy",  # A function (logits [N, V], labels [N]) -> loss of each token [N]; with settings: {name: fengshen.losses.focal, gamma: 3}
@@ -83,7 +83,7 @@ class LanguageModelModule(pl.LightningModule):
                                      "model.path (a checkpoint) or model.config (random weights), one of them", "set the other to null"))
         self.path, self.config, self.hub, self.attention_asked = path, config, hub, attention
         self.lora, self.gradient_checkpointing, self.compile_asked = lora, gradient_checkpointing, compile
-        self.activation_budget, self.float8, self.sixteen = activation_budget, float8, None
+        self.activation_budget, self.fp8, self.sixteen = activation_budget, fp8, None
         self.optimizer_config, self.schedule_config = optimizer, schedule
         self.loss_fn = named(loss)
         self.metrics = nn.ModuleDict({name: named(metric)() for name, metric in metrics.items()})
@@ -221,11 +221,11 @@ def prepare(
     model.set_attn_implementation(self.attention)
     if self.gradient_checkpointing:
         enable_checkpointing(model)
-    if self.float8:
+    if self.fp8:
         obstacle = why_not_float8()
         if obstacle:
-            raise ValueError(explain("products of 8 bits cannot be had here", self.float8, "another GPU, or model.float8 null", obstacle))
-        choice("8-bit products", f"{use_float8(model, self.float8)} linear layers, {self.float8}", "asked for; validation is in 16 bits")
+            raise ValueError(explain("products of 8 bits cannot be had here", self.fp8, "another GPU, or model.fp8 null", obstacle))
+        choice("8-bit products", f"{use_float8(model, self.fp8)} linear layers, {self.fp8}", "asked for; validation is in 16 bits")
     wanted, why = (self.compile_asked, "as asked") if self.compile_asked is not None else self.compile_reason(zero3)
     if choice("compiled blocks", wanted, why):
         compile_blocks(model, self.activation_budget)

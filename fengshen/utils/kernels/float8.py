@@ -134,13 +134,13 @@ def use_float8(
     recipe="tensorwise",  # tensorwise or rowwise
 ) -> int:
     "Train the linear layers of the blocks in 8 bits; how many they are. Layers whose sides are not multiples of 16 stay as they are."
-    product, found = pick("model.float8", recipe, RECIPES), 0
+    product, found = pick("model.fp8", recipe, RECIPES), 0
     for layer in blocks(model).modules():
         if type(layer) in KINDS and all(side % 16 == 0 for side in layer.weight.shape):
             layer.__class__ = KINDS[type(layer)]
             layer.product, found = product, found + 1
     if not found:
-        raise ValueError(explain("no layer of this model can be multiplied in 8 bits", type(model).__name__, "linear layers in its blocks, their sides multiples of 16", "set model.float8 to null"))
+        raise ValueError(explain("no layer of this model can be multiplied in 8 bits", type(model).__name__, "linear layers in its blocks, their sides multiples of 16", "set model.fp8 to null"))
     return found
 
 

@@ -1,0 +1,113 @@
+"""The kernels of the fast path against their plain lines, on the device, and a run with them beside one without."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fengshen.training.run import Run
+from fengshen.utils import device
+from fengshen.utils.kernels.adamw import MasterAdamW, Rates, update_in_kernel, update_in_torch
+from fengshen.utils.kernels.float8 import RECIPES, use_float8
+from fengshen.utils.kernels.head_loss import head_loss, slopes_in_kernel, slopes_in_torch
+from tests.training_runs import cli, flags, tiny_config
+
+HERE = device.device_kind()
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(HERE == "cpu", reason="no accelerator here")]
+
+
+def drawn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator(HERE).manual_seed(seed), device=HERE).to(dtype)
+
+
+@pytest.mark.parametrize("count", [1, 2047, 2048, 100_003])
+def test_the_kernel_updates_as_the_lines_do(count):
+    master = drawn(count, seed=1)
+    state = [master.bfloat16(), drawn(count, dtype=torch.bfloat16), master, drawn(count, seed=2) * 0.1, drawn(count, seed=3).abs()]
+    ours, plain = ([t.clone() for t in state] for _ in range(2))
+    ours[0].fill_(torch.nan)  # what is not written shows
+    for step in (1, 2):
+        rates = Rates(1e-3, 0.9, 0.999, 1e-8, 0.1, step)
+        for update, tensors in ((update_in_kernel, ours), (update_in_torch, plain)):
+            update(*tensors, torch.tensor(0.3, device=HERE), rates)
+    for a, b in zip(ours[2:], plain[2:]):
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-7)
+    assert torch.equal(ours[0], ours[2].bfloat16())
+
+
+def test_states_on_the_host_learn_the_same():
+    shapes = [(3000, 20_000), (1,), (512, 513)]  # the first takes two pieces
+    found = {}
+    for host in (False, True):
+        params = [nn.Parameter(drawn(*shape, seed=i)) for i, shape in enumerate(shapes)]
+        optimizer = MasterAdamW(params, lr=1e-2, host=host)
+        for step in range(3):
+            for i, p in enumerate(params):
+                p.grad = drawn(*p.shape, seed=10 * step + i, dtype=torch.bfloat16)
+            optimizer.scale = torch.tensor(0.5, device=HERE)
+            optimizer.step()
+        assert next(iter(optimizer.own.values())).mean.device.type == ("cpu" if host else HERE)
+        assert all(torch.equal(p, own.master.to(p)) for p, own in optimizer.own.items())
+        found[host] = [own.master.to(HERE) for own in optimizer.own.values()]
+    for a, b in zip(*found.values()):
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("width", [100, 50_304, 151_936])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_slopes_of_scores(width, dtype):
+    scores, labels = (drawn(37, width) * 4).to(dtype), torch.randint(0, width, (37,), device=HERE)
+    ours, plain = scores.clone(), scores.clone()
+    torch.testing.assert_close(slopes_in_kernel(ours, labels), slopes_in_torch(plain, labels), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.float(), plain.float(), rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-6)
+    scores[5, 7] = torch.nan
+    assert slopes_in_kernel(scores, labels).isnan().nonzero().tolist() == [[5]]
+
+
+def test_head_and_loss_in_bfloat16():
+    head, hidden = nn.Linear(256, 5000, bias=False, device=HERE, dtype=torch.bfloat16), drawn(2, 900, 256, dtype=torch.bfloat16).requires_grad_()
+    labels = torch.randint(0, 5000, (2, 900), device=HERE).masked_fill(drawn(2, 900, seed=1) > 0.3, -100)
+    count = int((labels[:, 1:] != -100).sum())
+    wide = [t.detach().double().requires_grad_() for t in (hidden, head.weight)]
+    exact = F.cross_entropy((wide[0] @ wide[1].T)[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
+    right = torch.autograd.grad(exact, wide)
+    for chunk in (100, 4096):
+        ours = head_loss(hidden, labels, head, chunk, count)
+        assert abs(ours.item() / exact.item() - 1) < 1e-3
+        for a, b in zip(torch.autograd.grad(ours, [hidden, head.weight]), right):
+            assert (a - b).norm() / b.norm() < 1e-2
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_products_in_8_bits(recipe, compiled):
+    layer = nn.Linear(512, 1024, device=HERE, dtype=torch.bfloat16)
+    x, goal = drawn(256, 512, dtype=torch.bfloat16).requires_grad_(), drawn(256, 1024, seed=1, dtype=torch.bfloat16)
+    model = nn.ModuleDict(dict(layers=nn.ModuleList([layer])))
+    wanted = [x, layer.weight, layer.bias]
+    right = [layer(x), *torch.autograd.grad((layer(x) * goal).sum(), wanted)]
+    assert use_float8(model, recipe) == 1
+    run = torch.compile(layer, dynamic=False) if compiled else layer
+    ours = [run(x), *torch.autograd.grad((run(x) * goal).sum(), wanted)]
+    for a, b, limit in zip(ours, right, (0.06, 0.1, 0.1, 0.02)):
+        assert (a.float() - b.float()).norm() / b.float().norm() < limit
+
+
+def losses(folder, config, **settings):
+    """Losses of a small run on the device."""
+    words = {"model.config": config, "trainer.max_steps": 40, "trainer.strategy": "auto", "export": False, "model.samples": 0, "run_dir": str(folder)}
+    done = cli("fit", "-c", "demo", *flags(words | settings), cwd=folder.parent)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return torch.tensor([r["loss"] for r in Run(folder).records("train")]), done.stdout
+
+
+def test_fast_runs_learn_what_the_plain_one_learns(tmp_path):
+    config = tiny_config(tmp_path, n_embd=128, n_head=2)
+    plain, _ = losses(tmp_path / "plain", config, **{"model.optimizer.kind": "fused_adamw", "model.compile": False})
+    fast, said = losses(tmp_path / "fast", config)
+    assert "optimizer = master_adamw" in said and "loss = in one with the head" in said and "compiled blocks = True" in said
+    host, _ = losses(tmp_path / "host", config, **{"model.optimizer.kind": "host_adamw"})
+    eight, said = losses(tmp_path / "eight", config, **{"model.fp8": "tensorwise"})
+    assert "8-bit products = 8 linear layers" in said
+    assert plain[0] - plain[-1] > 1
+    assert (fast - plain).abs().max() < 0.05 and (host - fast).abs().max() < 0.05 and (eight - plain).abs().max() < 0.2
