@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-LAZY = dict(Run="training.run", export="training.export", generate="pipelines.generate", read_recipe="cli.recipes", doctor="cli.doctor")
+LAZY = dict(Run="training.run", export="training.export", generate="pipelines.generate", read_recipe="cli.recipes", doctor="cli.doctor", plan="cli.plan")
 __all__ = ["fit", *LAZY]
 
 

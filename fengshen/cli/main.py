@@ -42,6 +42,12 @@ def _doctor(args):
     return run_doctor(args)
 
 
+def _plan(args):
+    from fengshen.cli.plan import run_plan
+
+    return run_plan(args)
+
+
 def _data(args):
     from fengshen.cli.data import run_data
 
@@ -149,6 +155,7 @@ def check(name):
 VERBS = dict(
     fit=(_fit, "train a recipe: fengshen fit -c demo --trainer.max_steps 100"),
     doctor=(_doctor, "find what would stop a run, before it starts: fengshen doctor -c demo"),
+    plan=(_plan, "which ways to train fit a card, the fastest first: fengshen plan -c wenzhong_qa --card h100"),
     data=(_data, "look at samples (show -c demo --find TEXT), print the report, verify or convert a corpus"),
     preprocess=(_preprocess, "make a dataset of raw text: fengshen preprocess FILES --out FOLDER --tokenizer FOLDER"),
     tokenizer=(_tokenizer, "train, trim, extend, compare: fengshen tokenizer train FILES --out FOLDER --preset erlangshen"),

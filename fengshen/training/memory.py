@@ -6,8 +6,8 @@
 __all__ = ['GIB', 'ASIDE', 'PLACES', 'PLAIN', 'MASTERS', 'WIDTHS', 'COUNTED', 'PRODUCTS', 'IN_FLOAT32', 'FOLLOWED', 'PROCESS',
            'PINNED', 'LEVERS', 'size_text', 'Part', 'Memory', 'config_of', 'empty_model', 'Counts', 'count', 'Layout',
            'layout_of', 'Setting', 'FusedAttention', 'counted_attention', 'Watch', 'tensors_in', 'Kept', 'watch_norms',
-           'watch_blocks', 'run_empty', 'kept', 'tally', 'kept_by_formula', 'kept_or_formula', 'follow', 'host_parts',
-           'disk_parts', 'logits_part', 'estimate', 'host_free', 'lighter']
+           'watch_blocks', 'run_empty', 'kept', 'tally', 'kept_by_formula', 'kept_or_formula', 'counted', 'follow',
+           'host_parts', 'disk_parts', 'logits_part', 'estimate', 'host_free', 'lighter']
 
 # %% ../../nbs/api/training/memory.ipynb #c81e728d
 import html
@@ -455,6 +455,12 @@ def kept_or_formula(
 FOLLOWED = {}
 
 
+def counted(config, auto, lora) -> Counts:
+    "As `count`, once for each model."
+    key = type(config), config.to_json_string(use_diff=False), auto, repr(lora)
+    return FOLLOWED[key] if key in FOLLOWED else FOLLOWED.setdefault(key, count(empty_model(config, auto=auto), lora))
+
+
 def follow(config, rows, length, setting, attention, auto) -> tuple:
     "As `kept_or_formula`, without its memory."
     model = empty_model(config, {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[setting.width], auto)
@@ -511,8 +517,9 @@ def host_parts(setting, states) -> list:
 def disk_parts(setting) -> list:
     "What is written: a checkpoint, and the export."
     n, layout = setting.counts, setting.layout
-    states = 12 * n.trained if layout.deepspeed and layout.stage else 2 * setting.width * n.trained
-    weights = setting.width * n.all if layout.stage < 3 else 0
+    width = 4 if setting.masters else setting.width
+    states = 12 * n.trained if layout.deepspeed and layout.stage else 2 * width * n.trained
+    weights = width * n.all if layout.stage < 3 else 0
     return [Part("checkpoint", disk=weights + states, why="weights, master weights and optimizer states"), Part("export", disk=4 * n.all, why="weights in float32")]
 
 # %% ../../nbs/api/training/memory.ipynb #a5bfc9e0
@@ -546,7 +553,7 @@ def estimate(
     if not 0 <= activation_budget <= 1:
         raise ValueError(explain("activation_budget is out of range", activation_budget, "a share from 0 to 1"))
     config, layout = config_of(config), layout_of(strategy, processes)
-    setting = Setting(count(empty_model(config, auto=auto), lora), layout, str(precision), processes, nodes, optimizer)
+    setting = Setting(counted(config, auto, lora), layout, str(precision), processes, nodes, optimizer)
     states, (need, how) = setting.states(), kept_or_formula(config, micro_batch, length, setting, attention, auto)
     form = "checkpointed" if checkpointing else "compiled" if compiled else "eager"
     size, budget = (need.within(activation_budget), f" within {activation_budget:.0%}") if form == "compiled" and activation_budget < 1 else (getattr(need, form), "")
