@@ -69,20 +69,22 @@ FOUR = "nf4 base, fp32 LoRA, autocast"
 FAST = dict(trainer__strategy="auto")
 HOST = dict(recipe="wenzhong_qa_offload", warm=2, steps=4)
 
-ours("ours", BIG, "gpt2_3b6", states=MASTER, **FAST)
+LONG, HALF = dict(rows=1, data__row_length=16384), dict(rows=1, accumulate=2, data__row_length=8192)
+ours("ours", BIG, "gpt2_3b6", states=MASTER, **FAST, **LONG)
+ours("ours_rows", BIG, "gpt2_3b6", states=MASTER, **FAST)
 peer("hf_packed", BIG, "gpt2_3b6")
 peer("hf_varlen", BIG, "gpt2_3b6", batch="flat", tuned=True)
 peer("trl_packed", BIG, "gpt2_3b6", trainer="trl", tuned=True)
 peer("hf_padded", BIG, "gpt2_3b6", batch="padded", rows=8, accumulate=2, compile=False, steps=16)
-ours("ours_80gb", BIG, "gpt2_3b6", rows=8, accumulate=2, states=MASTER, **FAST)
-ours("ours_80gb_budget", BIG, "gpt2_3b6", states=MASTER, **FAST, model__activation_budget=0.5)
+ours("ours_80gb", BIG, "gpt2_3b6", states=MASTER, **FAST, **HALF)
+ours("ours_80gb_budget", BIG, "gpt2_3b6", states=MASTER, **FAST, **LONG, model__activation_budget=0.5)
 ours("ours_mixed", BIG, "gpt2_3b6", states=MIXED, **FAST, model__optimizer__kind="fused_adamw")
 ours("ours_zero2", BIG, "gpt2_3b6", states="ZeRO-2", trainer__strategy="zero2")
-ours("ours_fp8", BIG, "gpt2_3b6", states="fp8 linears, " + MASTER, **FAST, model__fp8="tensorwise")
-ours("ours_fp8_rowwise", BIG, "gpt2_3b6", states="fp8 linears (rowwise), " + MASTER, **FAST, model__fp8="rowwise")
+ours("ours_fp8", BIG, "gpt2_3b6", states="fp8 linears, " + MASTER, **FAST, **LONG, model__fp8="tensorwise")
+ours("ours_fp8_rowwise", BIG, "gpt2_3b6", states="fp8 linears (rowwise), " + MASTER, **FAST, **LONG, model__fp8="rowwise")
 EN = "3.56B full en, 16,384 tokens a step"
-ours("ours_en", EN, "gpt2_3b6", lengths="en", states=MASTER, **FAST)
-ours("ours_en_fp8", EN, "gpt2_3b6", lengths="en", states="fp8 linears, " + MASTER, **FAST, model__fp8="tensorwise")
+ours("ours_en", EN, "gpt2_3b6", lengths="en", states=MASTER, **FAST, **LONG)
+ours("ours_en_fp8", EN, "gpt2_3b6", lengths="en", states="fp8 linears, " + MASTER, **FAST, **LONG, model__fp8="tensorwise")
 peer("hf_en_packed", EN, "gpt2_3b6", lengths="en")
 peer("hf_en_varlen", EN, "gpt2_3b6", lengths="en", batch="flat", tuned=True)
 SMALL = "3.56B full zh, states on the host, 65,536 tokens a step"
@@ -96,6 +98,9 @@ AT_HOST = dict(warm=2, steps=4, states="bf16 weights, fp32 masters and moments o
 for rows in (4, 8, 16):
     ours(f"ours_host_{rows}", SMALL, "gpt2_3b6", rows=rows, accumulate=64 // rows, **FAST, **AT_HOST, model__gradient_checkpointing=True)
 ours("ours_host_8_budget", SMALL, "gpt2_3b6", rows=8, accumulate=8, **FAST, **AT_HOST, model__activation_budget=0.3)
+HOST_ADAMW = dict(trainer__strategy="auto", model__optimizer__kind="host_adamw", model__gradient_checkpointing=True)
+ON_HOST = "bf16 weights and gradients on the device, fp32 masters and moments on the host"
+ours("ours_host", SMALL, "gpt2_3b6", rows=1, accumulate=4, warm=2, steps=4, states=ON_HOST, data__row_length=16384, **HOST_ADAMW)
 peer("lightning_offload", SMALL, "gpt2_3b6", trainer="lightning", rows=8, accumulate=8, checkpointing=True, warm=2, steps=4, states=OFFLOAD)
 for model, title in (("gpt2_3b6", "3.56B"), ("qwen3_4b", "Qwen3-4B-type")):
     short, group = model.split("_")[0], f"{title} LoRA r=16 zh, 16,384 tokens a step"
@@ -162,10 +167,12 @@ class Watch(threading.Thread):
 
 def fit(out, words):
     """`fengshen fit` in this process; then the peak of its memory on the device, to a file, also where it ended in an error."""
+    import pytorch_lightning.strategies
     import torch
 
     from fengshen.cli.main import main as fengshen
 
+    pytorch_lightning.strategies.SingleDeviceStrategy.teardown = lambda strategy: None  # brings all weights to the host, after the measuring
     try:
         status = fengshen(["fit", *words])
     finally:
