@@ -82,6 +82,11 @@ ours("ours_mixed", BIG, "gpt2_3b6", states=MIXED, **FAST, model__optimizer__kind
 ours("ours_zero2", BIG, "gpt2_3b6", states="ZeRO-2", trainer__strategy="zero2")
 ours("ours_fp8", BIG, "gpt2_3b6", states="fp8 linears, " + MASTER, **FAST, **LONG, model__fp8="tensorwise")
 ours("ours_fp8_rowwise", BIG, "gpt2_3b6", states="fp8 linears (rowwise), " + MASTER, **FAST, **LONG, model__fp8="rowwise")
+PARTS = "3.56B full zh, one part left out"
+ours("ours_uncompiled", PARTS, "gpt2_3b6", states=MASTER, **FAST, rows=8, accumulate=2, model__compile=False)
+ours("ours_sdpa", PARTS, "gpt2_3b6", states=MASTER, **FAST, rows=8, accumulate=2, model__attention="sdpa")
+ours("ours_padded", PARTS, "gpt2_3b6", states=MASTER, **FAST, rows=8, accumulate=2, data__packing=False)
+ours("ours_zero3", PARTS, "gpt2_3b6", states="ZeRO-3", rows=8, accumulate=2, trainer__strategy="zero3")
 EN = "3.56B full en, 16,384 tokens a step"
 ours("ours_en", EN, "gpt2_3b6", lengths="en", states=MASTER, **FAST, **LONG)
 ours("ours_en_fp8", EN, "gpt2_3b6", lengths="en", states="fp8 linears, " + MASTER, **FAST, **LONG, model__fp8="tensorwise")
