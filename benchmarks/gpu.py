@@ -215,6 +215,7 @@ def words_of(row, data, folder, smoke):
     if pretrain:
         del flags["model.path"], flags["trainer.accumulate_grad_batches"]
     if smoke:
+        flags |= {"data.row_length": 128} if "data.row_length" in flags else {}
         precision = "bf16-mixed" if row["flags"].get("model.optimizer.kind") == "host_adamw" else "32-true"
         flags |= {"trainer.max_steps": 3, "trainer.precision": precision} | ({} if pretrain else {"data.max_length": 64})
         flags |= (
