@@ -29,7 +29,7 @@ from .deepspeed import announce_compile
 from .kinds import KINDS, attention_of, check_objective, check_target, find_head, kind_inputs, kind_of, positions_of, scores_of
 from .sixteen import Sixteen
 from ..utils.core import choice, explain, load_name, patch, say
-from ..utils.device import device_kind
+from ..utils.device import Soon, device_kind
 from ..utils.kernels.adamw import MasterAdamW
 from ..utils.kernels.compile import compile_blocks, uncompiled
 from ..utils.kernels.float8 import use_float8, why_not_float8
@@ -103,7 +103,7 @@ class Totals:
 
     def open_window(self, labels, second=1):
         "Start a step whose global batch holds `labels` scored tokens, and `second` labels of the second loss."
-        self.loss, self.labels, self.second, self.read, self.real, self.computed = 0.0, labels, second, None, 0, 0
+        self.loss, self.labels, self.second, self.read, self.asked, self.real, self.computed = 0.0, labels, second, None, None, 0, 0
 
     def add(self, loss_sum, tokens, computed, unlabelled=0):
         "Add one micro-batch of this rank: `tokens` real ones, of `computed`."
@@ -285,10 +285,16 @@ def loss_scale(self: LanguageModelModule) -> int:
 
 
 @patch
+def gathered(self: LanguageModelModule, *numbers) -> torch.Tensor:
+    "Numbers of the host and of the device in one tensor there, float64; a copy of the host's would be waited for, filling is not."
+    return torch.stack([x.double() if torch.is_tensor(x) else torch.full((), float(x), dtype=torch.float64, device=self.device) for x in numbers])
+
+
+@patch
 def training_step(self: LanguageModelModule, batch, batch_idx):
     "One micro-batch: its summed loss over the labelled tokens of the global batch."
     if batch_idx % self.trainer.accumulate_grad_batches == 0:
-        mine = torch.tensor([float(batch["step_labels"]), float(batch.get("step_second", 0))], device=self.device)
+        mine = self.gathered(batch["step_labels"], batch.get("step_second", 0)).float()
         self.totals.open_window(*self.trainer.strategy.reduce(mine, reduce_op="sum").clamp(min=1))
     with self.computing():
         loss_sum, second_sum = self.losses(batch)
@@ -537,10 +543,13 @@ def configure_gradient_clipping(self: LanguageModelModule, optimizer, gradient_c
     "Clip by norm, keep the norm before clipping, and drop gradients that are not finite; DeepSpeed does all three itself."
     if gradient_clip_algorithm not in (None, "norm"):
         raise ValueError(explain("gradients are clipped by their norm", gradient_clip_algorithm, "'norm'", "remove trainer.gradient_clip_algorithm"))
-    engine, self.totals.read = getattr(self.trainer.strategy, "deepspeed_engine", None), None
-    if engine is None:
-        most = gradient_clip_val or math.inf
-        self.grad_norm = self.sixteen.clip(most) if self.sixteen else nn.utils.clip_grad_norm_(self.parameters(), most)
+    engine, self.totals.read, self.totals.asked = getattr(self.trainer.strategy, "deepspeed_engine", None), None, None
+    most = gradient_clip_val or math.inf
+    if self.sixteen:
+        self.grad_norm = self.sixteen.clip(most)
+        self.ask_step()  # and read it when the step has been ordered
+    elif engine is None:
+        self.grad_norm = nn.utils.clip_grad_norm_(self.parameters(), most)
         if not math.isfinite(self.read_step()["grad_norm"]):
             self.zero_grad(set_to_none=True)
     elif engine.is_gradient_accumulation_boundary():
@@ -548,15 +557,31 @@ def configure_gradient_clipping(self: LanguageModelModule, optimizer, gradient_c
 
 
 @patch
+def optimizer_step(self: LanguageModelModule, epoch, batch_idx, optimizer, optimizer_closure=None):
+    "A step; in 16 bits its gradients are asked for their norm before it, and looked at after it."
+    super(LanguageModelModule, self).optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+    if self.sixteen and not math.isfinite(self.read_step()["grad_norm"]):
+        self.sixteen.optimizer.uncount()
+
+
+@patch
+def ask_step(self: LanguageModelModule):
+    "Sum the figures of the step over the ranks, and send them to the host."
+    totals, world = self.totals, self.trainer.world_size
+    norm = 0.0 if self.grad_norm is None else self.grad_norm / world  # equal on all ranks already; summed, it is surely so
+    mine = self.gathered(totals.loss, totals.tokens, totals.unlabelled, norm, totals.real, totals.computed, totals.labels / world)
+    totals.asked = Soon(self.trainer.strategy.reduce(mine, reduce_op="sum"))
+
+
+@patch
 def read_step(self: LanguageModelModule) -> dict:
     "Loss, real tokens, their share of the computed ones, samples without a label and gradient norm of the step, over all ranks; one reduction and one wait a step."
-    totals, world = self.totals, self.trainer.world_size
+    totals = self.totals
     if totals.read is None:
-        norm = 0.0 if self.grad_norm is None else self.grad_norm / world  # equal on all ranks already; summed, it is surely so
-        mine = totals.loss, totals.tokens, totals.unlabelled, norm, totals.real, totals.computed
-        mine = torch.stack([torch.as_tensor(x, device=self.device).double() for x in mine])
-        loss, tokens, unlabelled, norm, real, computed = self.trainer.strategy.reduce(mine, reduce_op="sum").tolist()
-        totals.read = dict(loss=loss / float(totals.labels), tokens=int(tokens), fill=real / max(computed, 1), unlabelled=int(unlabelled), grad_norm=norm)
+        if totals.asked is None:
+            self.ask_step()
+        loss, tokens, unlabelled, norm, real, computed, labels = totals.asked.tolist()
+        totals.read = dict(loss=loss / labels, tokens=int(tokens), fill=real / max(computed, 1), unlabelled=int(unlabelled), grad_norm=norm)
     return totals.read
 
 

@@ -59,10 +59,10 @@ class Sixteen:
         self.optimizer.load_masters({p: state[name] for name, p in names.items() if p in self.optimizer.own and name in state})
 
     def clip(self, most) -> torch.Tensor:
-        "The norm of all gradients; the optimizer's next step scales them down to `most`."
+        "The norm of all gradients; the optimizer's next step scales them down to `most`, and is left out where the norm is not finite."
         norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in self.optimizer.own if p.grad is not None]
         norm = torch.stack(norms).norm() if norms else torch.zeros(())
-        self.optimizer.scale = (most / (norm + 1e-6)).clamp(max=1.0)
+        self.optimizer.scale = torch.where(norm.isfinite(), (most / (norm + 1e-6)).clamp(max=1.0), torch.nan)
         return norm
 
     @torch.no_grad()

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PEAKS', 'device_kind', 'lightning_accelerator', 'default_precision', 'point_deepspeed_at', 'memory', 'room',
            'device_count', 'host_memory', 'reset_peak_memory', 'release_cached_memory', 'avoid_fragmentation',
-           'device_name', 'peak_flops', 'Lane', 'has_flash_varlen', 'has_float8', 'has_device_compiler', 'synchronize',
-           'seeded', 'device_rng', 'set_device_rng']
+           'device_name', 'peak_flops', 'Lane', 'Soon', 'has_flash_varlen', 'has_float8', 'has_device_compiler',
+           'synchronize', 'seeded', 'device_rng', 'set_device_rng']
 
 # %% ../../nbs/api/utils/device.ipynb #c81e728d
 import contextlib
@@ -165,6 +165,25 @@ class Lane:
         "Let what the device computes next wait for what is on its way up."
         if self.apart:
             torch.cuda.current_stream(self.up.device).wait_stream(self.up)
+
+# %% ../../nbs/api/utils/device.ipynb #8016f8bf
+class Soon:
+    "A tensor on its way to the host, from where it is read later."
+
+    def __init__(
+        self,
+        tensor,  # On any device
+    ):
+        self.event, self.host = None, tensor
+        if tensor.device.type != "cpu":
+            self.host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+            self.event = torch.cuda.current_stream(tensor.device).record_event()
+
+    def tolist(self) -> list:
+        "Its numbers, once they are there."
+        if self.event is not None:
+            self.event.synchronize()
+        return self.host.tolist()
 
 # %% ../../nbs/api/utils/device.ipynb #6f4922f4
 def has_flash_varlen(

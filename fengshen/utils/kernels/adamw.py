@@ -38,9 +38,10 @@ def kernel():
 
     @triton.jit
     def update(weight, grad, master, mean, square, scale, n, lr, beta1, beta2, eps, decay, left1, left2, BLOCK: tl.constexpr):
+        factor = tl.load(scale)
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = at < n
-        g = tl.load(grad + at, mask=inside).to(tl.float32) * tl.load(scale)
+        inside = (at < n) & (factor == factor)  # not a number: the step is left out
+        g = tl.load(grad + at, mask=inside).to(tl.float32) * factor
         m = beta1 * tl.load(mean + at, mask=inside) + (1 - beta1) * g
         v = beta2 * tl.load(square + at, mask=inside) + (1 - beta2) * g * g
         w = tl.load(master + at, mask=inside) * (1 - lr * decay)
@@ -62,6 +63,8 @@ def update_in_kernel(weight, grad, master, mean, square, scale, rates):
 
 def update_in_torch(weight, grad, master, mean, square, scale, rates):
     "The same, operation by operation."
+    if scale.isnan():
+        return
     g = grad.to(master.dtype) * scale
     mean.lerp_(g, 1 - rates.beta1)
     square.mul_(rates.beta2).addcmul_(g, g, value=1 - rates.beta2)
@@ -150,10 +153,17 @@ class MasterAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         work = [(p, self.own[p], self.rates(p, group)) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if work and self.host and self.scale is not None and self.scale.isnan():
+            work = []
         if work:
             (self.on_host if self.host else self.on_device)(work)
         self.scale = None
         return loss
+
+    def uncount(self):
+        "Take back the count of a step that was left out."
+        for p, own in self.own.items():
+            own.step -= p.grad is not None
 
     def rates(self, p, group) -> Rates:
         "The settings of a parameter's next step, which is counted."

@@ -298,13 +298,14 @@ def block_mask(
 
 # %% ../../../nbs/api/utils/kernels/attention.ipynb #c0c7c76d
 def model_inputs(
-    batch,  # A Batch: `input_ids`, and `cu_seq_lens`, `position_ids`, `max_seq_len` when packed, else `attention_mask`
+    batch,  # A Batch: `input_ids`, and `cu_seq_lens`, `position_ids`, `max_seq_len` when packed, else `attention_mask`, which is left out where `whole` says that it hides nothing
     attention,  # What `choose_attention` returned
     sliding_window=None,  # The model's window in tokens, if its configuration has one
 ) -> dict:
     "Keyword arguments for the model's forward."
     if "cu_seq_lens" not in batch:
-        return dict(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        mask_bl = None if batch.get("whole") else batch["attention_mask"]  # with one, transformers asks the device whether it hides anything, and waits
+        return dict(input_ids=batch["input_ids"], attention_mask=mask_bl, use_cache=False)
     ids_bl, positions_bl, bounds = batch["input_ids"], batch["position_ids"], batch["cu_seq_lens"]
     prepared = torch.empty(1, 1, 0, 0, device=ids_bl.device)
     if attention in (NAME, FLASH):
