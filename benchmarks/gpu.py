@@ -191,7 +191,7 @@ def fit(out, words):
 def words_of(row, data, folder, smoke):
     """The command line of one of ours."""
     pretrain = row["recipe"].startswith("pretrain")
-    tokenizer = "bert" if pretrain and row["recipe"] != "pretrain_gpt2" else "gpt2"
+    tokenizer = {"pretrain_bert": "bert", "pretrain_megatron_bert": "bert", "pretrain_t5": "t5"}.get(row["recipe"], "gpt2")
     flags = {
         "model.path": None,
         "model.config": gpu_data.shape_of(row["model"], smoke),

@@ -10,7 +10,7 @@ The folder is small enough to be carried to a machine without internet:
                               each are the question, which no side is scored on; what the peers read
     gpt2/, bert/              the tokenizers
     gpt2_corpus/              zh.jsonl and en.jsonl as a tokenised corpus for pretraining (`fengshen preprocess`), 16 bits a token
-    bert_corpus/              laws under the BERT tokenizer, sentences kept apart
+    bert_corpus/, t5_corpus/  laws under the BERT tokenizer, and with T5's sentinels; sentences kept apart
 """
 
 import argparse
@@ -161,6 +161,15 @@ def preprocess(files, out, tokenizer, *words):
     subprocess.run(command, check=True)
 
 
+def write_sentinels(source, out):
+    """A tokenizer with T5's hundred sentinels behind its own tokens."""
+    from fengshen.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(str(source))
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<extra_id_{i}>" for i in range(100)]})
+    tokenizer.save_pretrained(out)
+
+
 def pick(records, tokens, tokenizer, seed=0):
     """Records in a random order, as many as have `tokens` together when cut to a row."""
     order, picked = np.random.RandomState(seed).permutation(len(records)), []
@@ -179,12 +188,13 @@ def write_demo(folder):
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, source in dict(gpt2="tokenizer_demo", bert="wordpiece_demo").items():
+    for name, source in dict(gpt2="tokenizer_demo", bert="wordpiece_demo", t5="wordpiece_demo").items():
         shutil.copytree(resource(f"fengshen:{source}"), folder / name, dirs_exist_ok=True)
     records = [json.loads(line) for line in resource("fengshen:qa_demo/train.jsonl").open(encoding="utf8")]
     paths = [write_questions(folder, name, records, folder / "gpt2", 64) for name in ("zh", "en")]
     preprocess(paths, folder / "gpt2_corpus", folder / "gpt2", "--field", "answer")
-    preprocess(paths[:1], folder / "bert_corpus", folder / "bert", "--field", "answer", "--sentences")
+    for name in ("bert", "t5"):
+        preprocess(paths[:1], folder / f"{name}_corpus", folder / name, "--field", "answer", "--sentences")
 
 
 def write(options):
@@ -197,6 +207,7 @@ def write(options):
         (folder / name).mkdir(exist_ok=True)
         for file in Path(options.tokenizers, source).iterdir():
             shutil.copyfile(file, folder / name / file.name)
+    write_sentinels(folder / "bert", folder / "t5")
     tokenizer, paths = load_tokenizer(str(folder / "gpt2")).backend_tokenizer, []
     for name, source, tokens in (("zh", "medqa_zh_train", options.zh_tokens), ("en", "medquad_en", options.en_tokens)):
         with lzma.open(Path(options.qa, f"{source}.jsonl.xz"), "rt", encoding="utf8") as lines:
@@ -209,7 +220,8 @@ def write(options):
             characters = (len(f.write(line) and line) for line in lines)
             all(total < options.law_tokens for total in itertools.accumulate(characters))
         f.flush()
-        preprocess([f.name], folder / "bert_corpus", folder / "bert", "--sentences")
+        for name in ("bert", "t5"):
+            preprocess([f.name], folder / f"{name}_corpus", folder / name, "--sentences")
 
 
 def main():

@@ -91,12 +91,12 @@ def window_rows(
     pad_id,  # Id that fills rows without a window; any valid id
     tokenizer=None,  # For the picture only
 ) -> Batch:
-    "A batch of windows: input_ids and attention_mask [rows, length], labels [rows, length + 1]; `whole` where every row is one."
+    "A batch of windows: input_ids and attention_mask [rows, length], labels [rows, length + 1]. It is `whole`: what the mask hides has no label, and no causal model looks there."
     ids, labels = torch.full((rows, length), pad_id), torch.full((rows, length + 1), -100)
     mask, count = (torch.arange(length) == 0).long().repeat(rows, 1), len(windows_bl)
     if count:
         ids[:count], labels[:count, 1:], mask[:count] = windows_bl[:, :-1], windows_bl[:, 1:], 1
-    return finish(Batch(input_ids=ids, labels=labels, attention_mask=mask, whole=count == rows), count * length, tokenizer)
+    return finish(Batch(input_ids=ids, labels=labels, attention_mask=mask, whole=True), count * length, tokenizer)
 
 # %% ../../nbs/api/data/batch.ipynb #3c59dc04
 def boundaries(
