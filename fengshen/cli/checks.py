@@ -513,7 +513,9 @@ def settings_of(case) -> dict:
     stage3 = getattr(trainer.strategy, "zero", {}).get("stage") == 3
     one_shape = case.data.packing or bool(corpora_of(case))
     compiled = module.compile_asked if module.compile_asked is not None else not on_cpu(case) and one_shape and not stage3
-    return dict(auto=auto_of(case), config=config, strategy=strategy, micro_batch=case.data.micro_batch, length=case.data.row_length, processes=trainer.world_size, nodes=trainer.num_nodes,
+    kind = module.optimizer_config.kind
+    optimizer = "fused_adamw" if kind == "auto" and on_cpu(case) else kind
+    return dict(optimizer=optimizer, activation_budget=module.activation_budget, auto=auto_of(case), config=config, strategy=strategy, micro_batch=case.data.micro_batch, length=case.data.row_length, processes=trainer.world_size, nodes=trainer.num_nodes,
                 precision=str(trainer.precision), attention=case.attention, checkpointing=module.gradient_checkpointing, compiled=compiled, lora=module.lora,
                 chunk=2048 if not case.has("plain_head") or case.plain_head else None)
 

@@ -182,7 +182,8 @@ def estimate_settings(
     model, objective = config["model"], config["data"].get("objective")
     kind = load_name(objective["class_path"])(**objective.as_dict().get("init_args", {})).model if objective else "causal"
     return dict(config=model_config(config), auto=getattr(auto, KINDS[kind].auto), precision=config["trainer"]["precision"],
-                attention="eager" if model.get("attention") == "eager" else "auto", lora=model["lora"]["r"] if model.get("lora") else None, nodes=config["trainer"]["num_nodes"])
+                attention="eager" if model.get("attention") == "eager" else "auto", lora=model["lora"]["r"] if model.get("lora") else None, nodes=config["trainer"]["num_nodes"],
+                optimizer=model["optimizer"]["kind"] if model.get("optimizer") else "fused_adamw")
 
 
 def row_length(
