@@ -8,7 +8,7 @@ __all__ = ['SHORTEST', 'PAYS', 'LOOKS_BACK', 'MOST', 'ON_CPU', 'LONG', 'Group', 
            'OwnDraws', 'seeds_of', 'draws_of', 'Writer', 'ended', 'check_prompts', 'say_cut', 'continue_ids', 'run',
            'stops', 'generate_batched']
 
-# %% ../../nbs/api/models/generation.ipynb #f71f37f1
+# %% ../../nbs/api/models/generation.ipynb #212a9689
 import inspect
 import zlib
 from collections import Counter
@@ -21,7 +21,7 @@ from transformers import CompileConfig, LogitsProcessor, LogitsProcessorList, St
 from ..utils.core import choice, explain, is_main_process, patch, pick, say
 from ..utils.device import memory
 
-# %% ../../nbs/api/models/generation.ipynb #964a128c
+# %% ../../nbs/api/models/generation.ipynb #564f2f4d
 SHORTEST = 256  # A cache that keeps its shape has at least so many places, and twice, four times as many where that is too few
 PAYS = 2000  # Steps with one shape from which compiling it pays: some seconds for some milliseconds of each
 
@@ -47,7 +47,7 @@ def rows_of(budget, length, left) -> int:
     "Rows of a batch whose shape comes back: the largest power of two within the budget, none larger than is needed."
     return min(1 << (max(1, budget // length).bit_length() - 1), 1 << (left - 1).bit_length())
 
-# %% ../../nbs/api/models/generation.ipynb #c5b5aa5d
+# %% ../../nbs/api/models/generation.ipynb #72e61d9b
 def shape_of(longest, new, budget, left, before) -> tuple:
     "(rows, places) of a compiled batch: those of the batch before, unless a smaller shape pays."
     length = rounded(longest + new)
@@ -79,7 +79,7 @@ def groups_of(
         at += len(rows)
     return groups
 
-# %% ../../nbs/api/models/generation.ipynb #747d0f48
+# %% ../../nbs/api/models/generation.ipynb #832d8439
 LOOKS_BACK = ("repetition_penalty", "no_repeat_ngram_size", "min_length")  # of generation's settings, those that read or count the padding
 
 
@@ -111,7 +111,7 @@ def filled(
     beside = lambda row, value, of: [value] * (longest - len(row)) + of if left else of + [value] * (longest - len(row))
     return torch.tensor([beside(row, pad, list(row)) for row in ids]), torch.tensor([beside(row, 0, [1] * len(row)) for row in ids])
 
-# %% ../../nbs/api/models/generation.ipynb #7c6a0d31
+# %% ../../nbs/api/models/generation.ipynb #ce5013d5
 def static_reason(
     model,  # A Hugging Face model
     settings=None,  # Settings of `model.generate`
@@ -144,7 +144,7 @@ def compile_of(model, asked, static, steps, tell) -> bool:
     value = model.device.type != "cpu" and steps >= PAYS
     return choice("compile", value, f"{steps:,} steps, and it pays from {PAYS:,}") if tell else value
 
-# %% ../../nbs/api/models/generation.ipynb #977a3d1a
+# %% ../../nbs/api/models/generation.ipynb #a84dc8ee
 MOST = 32768  # Tokens of a batch on an accelerator; more rows gain little
 ON_CPU = 4096  # The same on a CPU
 
@@ -168,7 +168,7 @@ def budget_of(
         return ON_CPU
     return max(1, min(MOST, (have["total"] - have["allocated"]) // 4 // cache_bytes(model)))
 
-# %% ../../nbs/api/models/generation.ipynb #91239ceb
+# %% ../../nbs/api/models/generation.ipynb #d85c8c71
 class OwnDraws(LogitsProcessor):
     "Noise for each row from its own state: the highest score is then a draw."
 
@@ -200,7 +200,7 @@ def draws_of(model, top_p, seeds) -> LogitsProcessorList:
     heat = getattr(model.generation_config, "temperature", None) or 1.0
     return LogitsProcessorList([TemperatureLogitsWarper(float(heat)), TopPLogitsWarper(float(top_p)), OwnDraws(seeds, model.device)])
 
-# %% ../../nbs/api/models/generation.ipynb #e20220a1
+# %% ../../nbs/api/models/generation.ipynb #f888229f
 class Writer:
     "A model, and how it writes: what `continue_ids` hands from batch to batch."
 
@@ -236,9 +236,9 @@ def write(self: Writer, group, top_p, seeds) -> list:
     two, rows = self.model.config.is_encoder_decoder, group.rows + group.rows[-1:] * (group.size - len(group.rows))
     ids_bl, mask_bl = (t.to(self.model.device) for t in filled([self.ids[i] for i in rows], self.pad, left=not two))
     cache = dict(past_key_values=self.emptied(group)) if self.static else {}
-    found_bl = self.model.generate(
-        ids_bl, attention_mask=mask_bl, max_new_tokens=group.new, do_sample=False, pad_token_id=self.pad,
-        logits_processor=draws_of(self.model, top_p, [seeds[i] for i in rows]), **cache, **self.compiling() | self.settings)
+    options = dict(max_new_tokens=group.new, do_sample=False, pad_token_id=self.pad) | cache | self.compiling() | self.settings
+    draws = draws_of(self.model, top_p, [seeds[i] for i in rows])
+    found_bl = self.model.generate(ids_bl, attention_mask=mask_bl, logits_processor=draws, **options)
     found_bl = found_bl[: len(group.rows), 1 if two else ids_bl.shape[1] :].tolist()
     return [ended(row, self.settings["eos_token_id"] or []) for row in found_bl]
 
@@ -248,7 +248,7 @@ def ended(row, stops) -> list:
     at = next((i for i, token in enumerate(row) if token in stops), len(row))
     return row[: at + 1]
 
-# %% ../../nbs/api/models/generation.ipynb #81fe3c34
+# %% ../../nbs/api/models/generation.ipynb #d4b5cf25
 LONG = 16  # Prompts from which choices are printed
 
 
@@ -316,7 +316,7 @@ def run(writer, groups, top_p, seeds) -> list:
         writer.model.train(training)
     return found
 
-# %% ../../nbs/api/models/generation.ipynb #5e5d853b
+# %% ../../nbs/api/models/generation.ipynb #56c5a252
 def stops(model, tokenizer) -> list:
     "Ids at which an answer ends: the tokenizer's end of text, and what the folder's generation settings name, as the end of a chat turn."
     named = getattr(model.generation_config, "eos_token_id", None)
