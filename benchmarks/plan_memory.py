@@ -18,6 +18,11 @@ from pathlib import Path
 
 GIB, H200 = 2**30, 139.8
 BIG, SMALL = "fengshen:models/gpt2_3.5b.json", dict(model_type="gpt2", vocab_size=50304, n_positions=1024, n_embd=768, n_layer=12, n_head=12)
+QWEN3 = dict(model_type="qwen3", vocab_size=151936, hidden_size=2560, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,
+             head_dim=128, intermediate_size=9728, max_position_embeddings=4096, tie_word_embeddings=True)
+BERT = dict(model_type="bert", vocab_size=21128, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072,
+            max_position_embeddings=512)
+MEGATRON = BERT | dict(model_type="megatron-bert", hidden_size=2048, num_hidden_layers=24, num_attention_heads=8, intermediate_size=8192)
 ALONE = dict(strategy="auto", optimizer="master_adamw", compiled=True)
 CONFIGURATIONS = {
     "ours": dict(config=BIG, micro_batch=16, **ALONE),
@@ -25,15 +30,26 @@ CONFIGURATIONS = {
     "ours_offload_16": dict(config=BIG, micro_batch=16, strategy="zero3_offload", checkpointing=True),
     "gpt2_110m": dict(config=SMALL, micro_batch=32, **ALONE),
     "ours_32": dict(config=BIG, micro_batch=32, **ALONE),
+    "ours_80gb_budget": dict(config=BIG, micro_batch=16, activation_budget=0.5, **ALONE),
+    "ours_mixed": dict(config=BIG, micro_batch=16, **ALONE | dict(optimizer="adamw")),
+    "ours_zero2": dict(config=BIG, micro_batch=16, strategy="zero2", compiled=True),
+    **{f"ours_offload_{rows}": dict(config=BIG, micro_batch=rows, strategy="zero3_offload", checkpointing=True) for rows in (4, 8, 32, 64)},
+    "gpt2_lora": dict(config=BIG, micro_batch=16, lora=16, **ALONE),
+    "gpt2_lora_20gb": dict(config=BIG, micro_batch=2, lora=16, **ALONE),
+    "qwen3": dict(config=QWEN3, micro_batch=16, **ALONE),
+    "qwen3_8x2": dict(config=QWEN3, micro_batch=8, **ALONE),
+    "bert": dict(config=BERT, micro_batch=128, length=512, auto="AutoModelForMaskedLM", **ALONE),
+    "megatron_bert": dict(config=MEGATRON, micro_batch=32, length=512, auto="AutoModelForMaskedLM", **ALONE),
 }
 
 
 def predict(name):
     """The row of a configuration."""
+    from fengshen.models import auto
     from fengshen.training.memory import estimate
 
     settings = dict(length=1024, precision="bf16-mixed") | CONFIGURATIONS[name]
-    found = estimate(**settings)
+    found = estimate(**settings | dict(auto=getattr(auto, settings.get("auto", "AutoModelForCausalLM"))))
     parts = {part.name: round(part.device / GIB, 3) for part in found.parts if part.device}
     peak = dict(reserved_gib=round(found.device / GIB, 2), host_gib=round(found.host / GIB, 1))
     return dict(name=name, settings=settings, **peak, card_gib=H200, fits=found.device < H200 * GIB, parts=parts)

@@ -204,8 +204,7 @@ class Ask:
 
 def flags_of(rate, ask, micro_batch) -> dict:
     "The settings of a recipe that make a way."
-    flags = {"trainer.strategy": rate.strategy, "model.optimizer.kind": rate.optimizer, "model.gradient_checkpointing": rate.checkpointing}
-    flags |= {"model.activation_budget": rate.budget} if rate.budget < 1 else {}
+    flags = {"trainer.strategy": rate.strategy, "model.optimizer.kind": rate.optimizer, "model.gradient_checkpointing": rate.checkpointing, "model.activation_budget": rate.budget}
     return flags | {"data.micro_batch": micro_batch, "trainer.accumulate_grad_batches": ask.step.share // micro_batch}
 
 
@@ -374,6 +373,7 @@ def plans(
     "Every way to train a model on a card, the fastest first."
     ask = ask_for(config, **wanted)
     rates = rates_for(ask.work.parameters, ask.step.processes, strategy, checkpointing, optimizer, ask.settings["precision"])
+    rates = [rate for rate in rates if ask.compiled or rate.budget == 1]
     if not rates:
         raise ValueError(explain("nobody has measured this way of training", dict(strategy=strategy, checkpointing=checkpointing, optimizer=optimizer), "a way of fengshen.training.plans.RATES", "leave one of them open"))
     pairs = sorted(((row_of(rate, ask), rate) for rate in rates), key=lambda pair: order(pair[0]))
