@@ -330,14 +330,16 @@ def as_dict(self: Plans) -> dict:
 # %% ../../nbs/api/training/plans.ipynb #55a19217
 NOTES = dict(
     projected="A projected speed carries a measured share of the peak over to another card or model; a link to the host slower than the H200's makes offload slower.",
+    padded="Rows that change their shape are not compiled, and padding is computed too: slower than these speeds.",
     processes="What devices send each other is not in the speed.",
     none="No way fits this card.",
 )
 
 
-def notes_of(rows, processes) -> list:
+def notes_of(rows, ask) -> list:
     "What to know when reading these rows."
-    has = dict(projected=any(row["fits"] and not row["source"].startswith("measured") for row in rows), processes=processes > 1, none=not any(row["fits"] for row in rows))
+    projected = any(row["fits"] and not row["source"].startswith("measured") for row in rows)
+    has = dict(projected=projected, padded=not ask.compiled, processes=ask.step.processes > 1, none=not any(row["fits"] for row in rows))
     return [NOTES[name] for name, there in has.items() if there]
 
 
@@ -381,7 +383,7 @@ def plans(
     one, two = (estimate(micro_batch=n, length=ask.step.length, **settings) for n in (1, 2))
     memory = scaled(one, two, rows[0]["micro_batch"], ask.step.length)
     facts = dict(parameters=f"{ask.work.parameters:,}", step=f"{ask.step.rows} rows of {ask.step.length:,} tokens", processes=ask.step.processes, precision=ask.settings["precision"])
-    return Plans(facts, rows, memory, notes_of(rows, ask.step.processes))
+    return Plans(facts, rows, memory, notes_of(rows, ask))
 
 # %% ../../nbs/api/training/plans.ipynb #cd893879
 def presets(
