@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SHORTEST', 'PAYS', 'LOOKS_BACK', 'MOST', 'ON_CPU', 'LONG', 'Group', 'rounded', 'rows_of', 'shape_of', 'groups_of',
            'setting', 'may_pad', 'filled', 'static_reason', 'cache_of', 'compile_of', 'cache_bytes', 'budget_of',
-           'OwnDraws', 'seeds_of', 'draws_of', 'Writer', 'ended', 'check_prompts', 'say_cut', 'continue_ids', 'run',
+           'OwnDraws', 'seeds_of', 'shapers_of', 'Writer', 'ended', 'check_prompts', 'say_cut', 'continue_ids', 'run',
            'stops', 'generate_batched']
 
-# %% ../../nbs/api/models/generation.ipynb #212a9689
+# %% ../../nbs/api/models/generation.ipynb #ca21bad1
 import inspect
 import zlib
 from collections import Counter
@@ -16,12 +16,12 @@ from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
-from transformers import CompileConfig, LogitsProcessor, LogitsProcessorList, StaticCache, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import CompileConfig, LogitsProcessor, LogitsProcessorList, StaticCache, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from ..utils.core import choice, explain, is_main_process, patch, pick, say
 from ..utils.device import memory
 
-# %% ../../nbs/api/models/generation.ipynb #564f2f4d
+# %% ../../nbs/api/models/generation.ipynb #2829d285
 SHORTEST = 256  # A cache that keeps its shape has at least so many places, and twice, four times as many where that is too few
 PAYS = 2000  # Steps with one shape from which compiling it pays: some seconds for some milliseconds of each
 
@@ -47,7 +47,7 @@ def rows_of(budget, length, left) -> int:
     "Rows of a batch whose shape comes back: the largest power of two within the budget, none larger than is needed."
     return min(1 << (max(1, budget // length).bit_length() - 1), 1 << (left - 1).bit_length())
 
-# %% ../../nbs/api/models/generation.ipynb #72e61d9b
+# %% ../../nbs/api/models/generation.ipynb #528aff2b
 def shape_of(longest, new, budget, left, before) -> tuple:
     "(rows, places) of a compiled batch: those of the batch before, unless a smaller shape pays."
     length = rounded(longest + new)
@@ -79,7 +79,7 @@ def groups_of(
         at += len(rows)
     return groups
 
-# %% ../../nbs/api/models/generation.ipynb #832d8439
+# %% ../../nbs/api/models/generation.ipynb #9cf70b94
 LOOKS_BACK = ("repetition_penalty", "no_repeat_ngram_size", "min_length")  # of generation's settings, those that read or count the padding
 
 
@@ -111,7 +111,7 @@ def filled(
     beside = lambda row, value, of: [value] * (longest - len(row)) + of if left else of + [value] * (longest - len(row))
     return torch.tensor([beside(row, pad, list(row)) for row in ids]), torch.tensor([beside(row, 0, [1] * len(row)) for row in ids])
 
-# %% ../../nbs/api/models/generation.ipynb #ce5013d5
+# %% ../../nbs/api/models/generation.ipynb #4b6a0053
 def static_reason(
     model,  # A Hugging Face model
     settings=None,  # Settings of `model.generate`
@@ -144,7 +144,7 @@ def compile_of(model, asked, static, steps, tell) -> bool:
     value = model.device.type != "cpu" and steps >= PAYS
     return choice("compile", value, f"{steps:,} steps, and it pays from {PAYS:,}") if tell else value
 
-# %% ../../nbs/api/models/generation.ipynb #a84dc8ee
+# %% ../../nbs/api/models/generation.ipynb #79db2be0
 MOST = 32768  # Tokens of a batch on an accelerator; more rows gain little
 ON_CPU = 4096  # The same on a CPU
 
@@ -164,11 +164,11 @@ def budget_of(
 ) -> int:
     "Tokens of a batch that the device has room for."
     have = memory()
-    if model.device.type == "cpu" or not have["total"]:
-        return ON_CPU
-    return max(1, min(MOST, (have["total"] - have["allocated"]) // 4 // cache_bytes(model)))
+    known = model.device.type != "cpu" and have["total"]
+    room = (have["total"] - have["allocated"]) // 4 if known else 2**31
+    return max(1, min(MOST if known else ON_CPU, room // cache_bytes(model)))
 
-# %% ../../nbs/api/models/generation.ipynb #d85c8c71
+# %% ../../nbs/api/models/generation.ipynb #6cdf0496
 class OwnDraws(LogitsProcessor):
     "Noise for each row from its own state: the highest score is then a draw."
 
@@ -193,14 +193,15 @@ def seeds_of(
     return seeds
 
 
-def draws_of(model, top_p, seeds) -> LogitsProcessorList:
-    "What makes of greedy writing a sampled one; nothing where `top_p` is None."
-    if top_p is None:
-        return LogitsProcessorList()
-    heat = getattr(model.generation_config, "temperature", None) or 1.0
-    return LogitsProcessorList([TemperatureLogitsWarper(float(heat)), TopPLogitsWarper(float(top_p)), OwnDraws(seeds, model.device)])
+def shapers_of(model, top_p, settings) -> list | None:
+    "What shapes the probabilities before a draw, out of the settings; None: greedy."
+    sampled, heat, top_k = (settings.pop(name, None) for name in ("do_sample", "temperature", "top_k"))
+    if top_p is None and not sampled:
+        return None
+    heat = heat or getattr(model.generation_config, "temperature", None) or 1.0
+    return [TemperatureLogitsWarper(float(heat)), *([TopKLogitsWarper(top_k)] if top_k else []), TopPLogitsWarper(1.0 if top_p is None else float(top_p))]
 
-# %% ../../nbs/api/models/generation.ipynb #f888229f
+# %% ../../nbs/api/models/generation.ipynb #ec1fb44f
 class Writer:
     "A model, and how it writes: what `continue_ids` hands from batch to batch."
 
@@ -231,14 +232,14 @@ def compiling(self: Writer) -> dict:
 
 
 @patch
-def write(self: Writer, group, top_p, seeds) -> list:
+def write(self: Writer, group, shapers, seeds) -> list:
     "[ids] that the prompts of a batch are continued with, an end included."
     two, rows = self.model.config.is_encoder_decoder, group.rows + group.rows[-1:] * (group.size - len(group.rows))
     ids_bl, mask_bl = (t.to(self.model.device) for t in filled([self.ids[i] for i in rows], self.pad, left=not two))
     cache = dict(past_key_values=self.emptied(group)) if self.static else {}
     options = dict(max_new_tokens=group.new, do_sample=False, pad_token_id=self.pad) | cache | self.compiling() | self.settings
-    draws = draws_of(self.model, top_p, [seeds[i] for i in rows])
-    found_bl = self.model.generate(ids_bl, attention_mask=mask_bl, logits_processor=draws, **options)
+    draws = [] if shapers is None else [*shapers, OwnDraws([seeds[i] for i in rows], self.model.device)]
+    found_bl = self.model.generate(ids_bl, attention_mask=mask_bl, logits_processor=LogitsProcessorList(draws), **options)
     found_bl = found_bl[: len(group.rows), 1 if two else ids_bl.shape[1] :].tolist()
     return [ended(row, self.settings["eos_token_id"] or []) for row in found_bl]
 
@@ -248,7 +249,7 @@ def ended(row, stops) -> list:
     at = next((i for i, token in enumerate(row) if token in stops), len(row))
     return row[: at + 1]
 
-# %% ../../nbs/api/models/generation.ipynb #d4b5cf25
+# %% ../../nbs/api/models/generation.ipynb #bac9770e
 LONG = 16  # Prompts from which choices are printed
 
 
@@ -282,7 +283,7 @@ def continue_ids(
     budget=None,  # Tokens of a batch (rows, times the longest prompt with what it may write); None: by the device's memory
     cache="auto",  # auto (static on an accelerator), static or dynamic
     compile=None,  # Compile the step of a static cache; None: on an accelerator, where the list is long enough
-    **settings,  # Others of `model.generate`, such as synced_gpus
+    **settings,  # Others of `model.generate`, such as synced_gpus, num_beams; do_sample, temperature and top_k count for these draws
 ) -> list:
     "[ids] of the continuations in the order of the prompts, an end included: greedily those that each would get alone."
     two, context, tell = model.config.is_encoder_decoder, getattr(model.config, "max_position_embeddings", None), len(ids) >= LONG
@@ -291,32 +292,33 @@ def continue_ids(
     padded, why = may_pad(model, settings)
     if not padded and tell:
         choice("batches", "of equal length", why)
-    beams = 1 if top_p is not None else setting(model, settings, "num_beams") or 1
+    shapers = shapers_of(model, top_p, settings)
+    beams = 1 if shapers else setting(model, settings, "num_beams") or 1
     settings = dict(num_return_sequences=1, num_beams=beams, eos_token_id=list(stops) or None) | settings
     plan = lambda repeat: groups_of([len(row) for row in ids], new, max(1, (budget or budget_of(model)) // beams), None if two else context, padded, repeat)
     static = cache_of(model, cache, settings, tell)
     compiled = compile_of(model, compile, static, sum(group.new for group in plan(False)), tell)
     groups = plan(compiled)
-    found = run(Writer(model, ids, pad, static, compiled, settings), groups, top_p, seeds_of(ids, seed))
+    found = run(Writer(model, ids, pad, static, compiled, settings), groups, shapers, seeds_of(ids, seed))
     say_cut(found, groups, max_new_tokens, context, stops)
     return found
 
 
-def run(writer, groups, top_p, seeds) -> list:
+def run(writer, groups, shapers, seeds) -> list:
     "Every batch, with a bar where it takes long; the model is in evaluation mode meanwhile."
     found, training = [None] * len(writer.ids), writer.model.training
     writer.model.eval()
     try:
         with tqdm(total=len(found), desc="generating", unit=" prompts", delay=3, leave=False, disable=not is_main_process()) as bar:
             for group in groups:
-                for i, row in zip(group.rows, writer.write(group, top_p, seeds)):
+                for i, row in zip(group.rows, writer.write(group, shapers, seeds)):
                     found[i] = row
                 bar.update(len(group.rows))
     finally:
         writer.model.train(training)
     return found
 
-# %% ../../nbs/api/models/generation.ipynb #56c5a252
+# %% ../../nbs/api/models/generation.ipynb #c6b51839
 def stops(model, tokenizer) -> list:
     "Ids at which an answer ends: the tokenizer's end of text, and what the folder's generation settings name, as the end of a chat turn."
     named = getattr(model.generation_config, "eos_token_id", None)

@@ -132,6 +132,8 @@ def test_a_draw_does_not_depend_on_its_neighbours():
     assert found == other[:0:-1] and found != continue_ids(model, PROMPTS, 6, top_p=0.95, seed=8)
     twice = continue_ids(model, PROMPTS[:1] * 2, 6, top_p=0.95, seed=7)
     assert twice[0] == found[0] != twice[1]
+    assert continue_ids(model, PROMPTS, 6, seed=7, do_sample=True) == continue_ids(model, PROMPTS, 6, top_p=1.0, seed=7, budget=40)
+    assert continue_ids(model, PROMPTS, 6, stops=[1], do_sample=True, top_k=1, temperature=3.0) == alone(model, PROMPTS, 6)
     assert continue_ids(model, PROMPTS, 6, top_p=1e-6, stops=[1]) == alone(model, PROMPTS, 6)  # only the likeliest is left
 
 
