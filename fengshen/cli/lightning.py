@@ -189,8 +189,10 @@ def estimate_settings(
 def row_length(
     config,  # The parsed settings
 ) -> int:
-    "Tokens of a row: data.max_length, or the model's positions."
-    length = config["data"].get("max_length") or positions_of(model_config(config))
+    "Tokens of a row: data.row_length where rows are packed, data.max_length, or the model's positions."
+    data = config["data"]
+    packed = data.get("packing", False) and data.get("objective") is None
+    length = (data.get("row_length") if packed else None) or data.get("max_length") or positions_of(model_config(config))
     if length is None:
         raise ValueError(explain("nobody says how long a row is", None, "data.max_length", "set it"))
     return length

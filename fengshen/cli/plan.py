@@ -35,7 +35,8 @@ def wanted_by(
     one_shape = getattr(cli.datamodule, "one_shape", getattr(cli.datamodule, "packing", False))
     compiled = one_shape if model.get("compile") is None else model["compile"]
     found = {key: value for key, value in estimate_settings(cli.config).items() if key not in ("nodes", "optimizer", "activation_budget")}
-    return found | dict(length=row_length(cli.config), rows=rows, compiled=compiled), dict(recipe=name or "flags")
+    length, most = row_length(cli.config), data.get("max_length")
+    return found | dict(length=length, document=most and min(most, length), rows=rows, compiled=compiled, fp8=bool(model.get("fp8"))), dict(recipe=name or "flags")
 
 # %% ../../nbs/api/cli/plan.ipynb #822849d5
 def is_recipe(
@@ -73,6 +74,7 @@ def plan(
     micro_batch=None,  # Rows at once; None: as many as fit
     host=None,  # GiB of host memory of a machine; None: not looked at
     lora=None,  # Rank of adapters on every linear layer, for a model
+    fp8=None,  # True: products of 8 bits too, where the card has them
     **overrides,  # {"data.max_length": 512, ...}: flags of `fengshen fit`, for a recipe
 ):
     "Ways to train it, the fastest first: a table, and plain data (`rows`, `best`, `as_dict()`)."
@@ -82,7 +84,7 @@ def plan(
     if overrides and not recipe:
         raise ValueError(explain("a model has no flags of a recipe", sorted(overrides), "rows, length, lora ...", "name a recipe, or leave them out"))
     return plan_of(words(what, overrides) if recipe else None, what, card, devices=devices, nodes=nodes, rows=rows, length=length, strategy=strategy,
-                   micro_batch=micro_batch, host=host, lora=lora)
+                   micro_batch=micro_batch, host=host, lora=lora, fp8=fp8)
 
 # %% ../../nbs/api/cli/plan.ipynb #e0528a68
 def plan_parser():
@@ -97,6 +99,7 @@ def plan_parser():
                              ("length", int, "tokens of a row; default: the recipe's, or 1024"), ("micro_batch", int, "rows at once; default: as many as fit"),
                              ("host", float, "GiB of host memory of a machine"), ("lora", int, "rank of adapters, for --model"), ("strategy", str, "only this one")):
         parser.add_argument(f"--{name}", type=kind, help=text)
+    parser.add_argument("--fp8", action="store_const", const=True, help="products of 8 bits too")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     return parser
 

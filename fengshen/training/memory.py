@@ -508,7 +508,7 @@ def host_parts(setting, states) -> list:
         loading, ending = Part("loading", host=each * n.all * here, why=why), Part("ending")
     else:
         loading = Part("loading", host=4 * n.all * here, why="the weights in float32, before they go to the device")
-        ending = Part("ending", host=sum(p.device for p in states) * here, why="Lightning brings all states back when training ends")
+        ending = Part("ending", host=(4 * n.all if setting.masters else sum(p.device for p in states)) * here, why="Lightning brings what it knows of back when training ends")
     pinned = int(PINNED * sum(p.host for p in states)) if layout.deepspeed else 0
     return [Part("pinned copies", host=pinned, why="of what is offloaded; their sizes are powers of two"),
             Part("process", host=PROCESS * here, why=f"{here} x Python with its libraries"), loading, ending]

@@ -197,20 +197,26 @@ def test_the_known_figures_of_a_model_of_three_and_a_half_billion():
 
 
 def test_the_estimate_of_each_recorded_run(root):
-    "The newest record of each run in benchmarks/results, with the settings of its recipe."
-    from fengshen.cli.recipes import read_recipe
-
+    "The newest record of each run in benchmarks/results, with the settings that its recipe had."
     rows = map(json.loads, (root / "benchmarks/results/finetune_gpu.jsonl").read_text("utf8").splitlines())
-    newest = {row["name"]: row for row in rows if row["recipe"].startswith("wenzhong") and row["name"] in ("default", "default_single", "offload")}
-    assert len(newest) == 3
+    ways = dict(default=("zero2", False), default_single=("auto", False), offload=("zero3_offload", True))
+    newest = {row["name"]: row for row in rows if row["name"] in ways}
+    assert set(newest) == set(ways)
     for name, row in newest.items():
-        recipe = read_recipe(row["recipe"])
-        strategy = row["settings"].get("trainer.strategy", recipe["trainer"]["strategy"])
-        checkpointing = recipe["model"].get("gradient_checkpointing", False)
-        found = estimate("fengshen:models/gpt2_3.5b.json", strategy, recipe["data"]["micro_batch"], recipe["data"]["max_length"], checkpointing=checkpointing,
-                         compiled=layout_of(strategy).stage < 3)
+        strategy, checkpointing = ways[name]
+        found = estimate("fengshen:models/gpt2_3.5b.json", strategy, 8, 1024, checkpointing=checkpointing, compiled=layout_of(strategy).stage < 3)
         assert found.device / GIB == pytest.approx(row["gpu_gib"], rel=0.1), name
         assert found.host / GIB == pytest.approx(row["host_gib"], rel=0.1), name
+
+
+def test_predictions_that_were_written_down_before(root):
+    "The peak that torch reserved in each run of benchmarks/gpu.py that has a prediction is within 10% of it."
+    predicted = {row["name"]: row for row in map(json.loads, (root / "benchmarks/results/plan_predictions.jsonl").read_text("utf8").splitlines())}
+    rows = list(map(json.loads, (root / "benchmarks/results/gpu.jsonl").read_text("utf8").splitlines()))
+    held = [row for row in rows if row["name"] in predicted and row.get("reserved_gib")]
+    assert {"ours", "ours_80gb", "gpt2_110m"} <= {row["name"] for row in held}
+    for row in held:
+        assert predicted[row["name"]]["reserved_gib"] == pytest.approx(row["reserved_gib"], rel=0.1), row["name"]
 
 
 @settings(max_examples=15, deadline=None)
