@@ -210,7 +210,7 @@ def words_of(row, data, folder, smoke):
             "data.max_length": 32 if smoke else 1024 if tokenizer == "gpt2" else 512,
         }
     else:
-        flags |= {"data.train": f"{data}/{row['lengths']}.jsonl", "data.on_long": "truncate"}
+        flags |= {"data.train": f"{data}/{row['lengths']}.jsonl", "data.on_long": "truncate", "global_batch": row["rows"] * row["accumulate"]}
     flags |= row["flags"]
     if pretrain:
         del flags["model.path"], flags["trainer.accumulate_grad_batches"]
@@ -221,7 +221,7 @@ def words_of(row, data, folder, smoke):
         flags |= (
             {"global_batch": 2, "data.micro_batch": 2}
             if pretrain
-            else {"data.micro_batch": 2, "trainer.accumulate_grad_batches": min(row["accumulate"], 2)}
+            else {"global_batch": 2 * min(row["accumulate"], 2), "data.micro_batch": 2, "trainer.accumulate_grad_batches": min(row["accumulate"], 2)}
         )
     return ["-c", row["recipe"], *[f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in flags.items()]]
 

@@ -29,7 +29,7 @@ set -euo pipefail
 TRAIN="${TRAIN:-train.jsonl}"                        # a line for each pair: {"question": "...", "answer": "..."}
 VALID="${VALID:-}"                                   # the same, to validate on; empty: no validation
 MODEL="${MODEL:-IDEA-CCNL/Wenzhong-GPT2-3.5B}"       # a hub id, or the folder that holds the model
-RECIPE="${RECIPE:-wenzhong_qa_offload}"              # or wenzhong_qa with --trainer.strategy zero3: an 80 GB GPU, faster; or your own YAML
+RECIPE="${RECIPE:-wenzhong_qa_offload}"              # or wenzhong_qa_24gb, wenzhong_qa: larger GPUs, faster; or your own YAML
 RUN_DIR="${RUN_DIR:-runs/finetune_wenzhong}"         # checkpoints, record and export; on several machines a folder that all of them see
 NODES="${NODES:-${SLURM_JOB_NUM_NODES:-1}}"          # machines
 GPUS="${GPUS:-${SLURM_GPUS_ON_NODE:-1}}"             # processes on each machine, one a GPU

@@ -277,8 +277,8 @@ def stop(self: LiveRun):
 # %% ../../nbs/api/cli/fit.ipynb #c16a5320
 @patch
 def ask(self: LiveRun, prompt, **settings):
-    "The paused or finished model's continuation of a prompt; settings as for `model.generate`."
-    return self.module.generate(self.cli.datamodule.tokenizer, prompt, **settings)
+    "The paused or finished model's continuation of a prompt; settings as for `fengshen.models.generation.continue_ids`."
+    return self.module.written(self.cli.datamodule.tokenizer, [prompt], **settings)[0]
 
 
 def empty_tensors(

@@ -20,6 +20,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..models import auto as auto_classes
+from ..models.generation import generate_batched
 from ..models.loading import config_from, fit_vocabulary, from_checkpoint, from_config, zero3_context
 from ..models.lora import LoRAConfig, add_lora
 from ..losses import cross_entropy
@@ -449,10 +450,13 @@ def answer(
     self: LanguageModelModule,
     questions,  # (question, prompt, reference answer) triples, as the data module's `prompts(n)` gives them
 ) -> list:
-    "Greedy answers, as dicts of question, reference and answer."
-    tokenizer = self.trainer.datamodule.tokenizer
-    reply = lambda prompt: self.generate(tokenizer, prompt) if isinstance(prompt, str) else self.solve(tokenizer, prompt)
-    return [dict(question=question, reference=reference, answer=reply(prompt)) for question, prompt, reference in questions]
+    "Greedy answers, as dicts of question, reference and answer; a model that writes answers all questions at once."
+    tokenizer, prompts = self.trainer.datamodule.tokenizer, [prompt for _, prompt, _ in questions]
+    if KINDS[self.kind].writes:
+        replies = self.written(tokenizer, [p if isinstance(p, str) else p["input_ids"][0][p["attention_mask"][0] > 0].tolist() for p in prompts])
+    else:
+        replies = [self.solve(tokenizer, batch) for batch in prompts]
+    return [dict(question=question, reference=reference, answer=reply) for (question, _, reference), reply in zip(questions, replies)]
 
 
 @patch
@@ -462,41 +466,31 @@ def solve(
     tokenizer,  # The tokenizer of the data
     batch,  # A `Batch` of one row
 ) -> str:
-    "What the model makes of an objective's row, greedily: the text with its masks filled, or the second text."
+    "What the model makes of an objective's row in one pass: the text with its masks filled, or the labels of its decoder."
     training, batch = self.model.training, {k: v.to(self.model.device) for k, v in batch.items() if torch.is_tensor(v)}
     self.model.eval()
     inputs = kind_inputs(self.kind, batch, self.model.config, self.attention)
     with uncompiled():
-        if KINDS[self.kind].writes:
-            several = self._trainer is not None and self.trainer.world_size > 1
-            inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-            found = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False, use_cache=True, synced_gpus=several)[0]
-        else:
-            best, labels = scores_of(self.model(**inputs))[0].argmax(-1), batch["labels"][0, 1:]
-            found = best[labels != -100] if "decoder_input_ids" in inputs else torch.where(labels != -100, best, batch["input_ids"][0])[batch["attention_mask"][0] > 0]
+        best, labels = scores_of(self.model(**inputs))[0].argmax(-1), batch["labels"][0, 1:]
+    found = best[labels != -100] if "decoder_input_ids" in inputs else torch.where(labels != -100, best, batch["input_ids"][0])[batch["attention_mask"][0] > 0]
     self.model.train(training)
     return tokenizer.decode(found, skip_special_tokens=True)
 
 
 @patch
-@torch.no_grad()
-def generate(
+def written(
     self: LanguageModelModule,
     tokenizer,  # The tokenizer of the data
-    prompt,  # Text the model continues
-    **settings,  # Passed to `model.generate`
-) -> str:
-    "The model's continuation of a prompt, without special tokens; greedy unless told otherwise."
-    training, several = self.model.training, self._trainer is not None and self.trainer.world_size > 1
-    ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"].to(self.model.device)
-    self.model.eval()
-    stops = getattr(getattr(self._trainer, "datamodule", None), "stops", tokenizer.eos_token_id)
-    defaults = dict(max_new_tokens=self.max_new_tokens, do_sample=False, use_cache=True, eos_token_id=stops,
-                    pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
-    with uncompiled():  # a growing text has a new shape at every token
-        out = self.model.generate(ids, attention_mask=torch.ones_like(ids), synced_gpus=several, **(defaults | settings))
-    self.model.train(training)
-    return tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True)
+    prompts,  # Texts or lists of token ids that the model continues, or reads
+    **settings,  # As `continue_ids` has them, and others of `model.generate`
+) -> list:
+    "What the model writes after each prompt, in batches by length, without special tokens; greedy unless told otherwise."
+    ends = getattr(getattr(self._trainer, "datamodule", None), "stops", None)
+    several = self._trainer is not None and self.trainer.world_size > 1
+    defaults = dict(max_new_tokens=self.max_new_tokens, use_cache=True, synced_gpus=several, compile=False) | (dict(stops=ends) if ends else {})
+    with uncompiled():  # blocks compiled for training have other shapes
+        return generate_batched(self.model, tokenizer, prompts, **(defaults | settings)) if prompts else []
+
 
 # %% ../../nbs/api/training/module.ipynb #182be0c5
 @patch
