@@ -62,6 +62,7 @@ def test_two_processes_are_one(runs, whole, strategy):
         assert apart(series(run, key, "valid"), series(whole, key, "valid")) < 1e-4, key
 
 
+@pytest.mark.slow
 def test_the_checkpoint_of_two_processes_becomes_a_folder(runs):
     "Each process wrote its shards; the export joins them, and plain transformers loads what comes out."
     run = runs("zero3")
@@ -95,6 +96,7 @@ def test_under_zero2_the_model_states_have_all_of_it(runs, tmp_path):
     assert weights_apart({k: v for k, v in found.items() if k in joined}, joined) == 0
 
 
+@pytest.mark.slow
 def test_a_refusal_ends_both_processes(runs, whole):
     "The second process does not wait for a first one that has refused to start."
     words = flags(settings(whole.parent, **{"run_dir": str(whole), "trainer.devices": 2, "trainer.strategy": "ddp"}))
@@ -103,6 +105,7 @@ def test_a_refusal_ends_both_processes(runs, whole):
     assert "ValueError" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_failure_while_reading_the_data_ends_both_processes(folder, tmp_path):
     words = flags(settings(folder, **{"run_dir": str(tmp_path / "run"), "data.train": str(tmp_path / "absent.jsonl"), "trainer.devices": 2,
                                       "trainer.strategy": "ddp"}))

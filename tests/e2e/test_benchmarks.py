@@ -31,6 +31,7 @@ def gpu(root, monkeypatch):
     return importlib.import_module("gpu")
 
 
+@pytest.mark.slow
 def test_a_peer_of_the_gpu_table_at_a_tiny_size(gpu, tmp_path):
     "Documents with their borders go through transformers' Trainer in a process of its own, and each of their tokens is counted."
     draw, lengths = np.random.default_rng(0), np.array([20, 64, 31, 7, 40] * 8, np.uint16)

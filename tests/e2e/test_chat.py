@@ -42,6 +42,7 @@ def test_the_export_carries_template_and_end(run):
     assert (report["template"], report["conversations"], report["duplicates"], report["steps_per_epoch"]) == ("chatml", 12, 9, 2)
 
 
+@pytest.mark.slow
 def test_an_export_of_the_checkpoint_carries_them_too(run, tmp_path):
     export(run.dir, out=tmp_path / "again")
     assert (tmp_path / "again/chat_template.jinja").read_text("utf8") == (run.export / "chat_template.jinja").read_text("utf8")

@@ -74,6 +74,7 @@ def test_the_folder_is_the_checkpoint_without_this_library(runs, tmp_path, strat
     assert torch.equal(found["lm_head.weight"], found["transformer.wte.weight"])
 
 
+@pytest.mark.slow
 def test_bfloat16_is_the_checkpoint_rounded_once(runs, tmp_path):
     expected = read_weights(checkpoints(runs())[-1])
     found = load_file(export(runs(), tmp_path / "export", dtype="bfloat16") / "model.safetensors")
@@ -189,6 +190,7 @@ def test_a_published_folder_through_the_command_line(exported, tmp_path):
     assert "Converted with FengShen" in (tmp_path / "wenzhong-export" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_config_and_tokenizer(exported, tmp_path):
     "Each is asked for by its flag, before anything is written; a tokenizer of another model is refused."
     model = published(tmp_path / "model", exported)

@@ -31,6 +31,7 @@ def said(run):
 
 
 @pytest.mark.parametrize("name", ["SIGTERM while saving", *(pytest.param(name, marks=pytest.mark.slow) for name in ("SIGTERM", "SIGINT", "SIGUSR1"))])
+@pytest.mark.slow
 def test_a_signal_saves_and_says_start_me_again(tmp_path, name):
     "Exit code 75, a checkpoint of the step that was computed, and a resumed run that equals a straight one."
     given = settings(tmp_path, **ONE | {"trainer.max_steps": 60, "checkpoint.every_n_steps": 1 if "saving" in name else 0})
@@ -56,6 +57,7 @@ def test_a_signal_to_one_of_two_processes_stops_both(tmp_path):
     assert [p.name for p in checkpoints(run)] == [f"step-{read(run)[-1]['step']:08d}"]
 
 
+@pytest.mark.slow
 def test_a_signal_before_the_first_step(tmp_path):
     run = tmp_path / "run"
     process = start(run, settings(tmp_path, **ONE))
@@ -66,6 +68,7 @@ def test_a_signal_before_the_first_step(tmp_path):
 
 
 @pytest.mark.parametrize("victim", ["last", pytest.param("first", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_process_that_dies_takes_the_others_along(tmp_path, victim):
     "Within a minute, with a message; the same command goes on to the straight run's end."
     given = settings(tmp_path, **TWO | {"trainer.max_steps": 40, "checkpoint.every_n_steps": 2})

@@ -113,6 +113,7 @@ def test_samples_of_a_packed_row(folder, settings):
 
 
 @pytest.mark.parametrize("strategy", ["zero3", *(pytest.param(s, marks=pytest.mark.slow) for s in ("zero1", "zero2", "zero3_offload"))])
+@pytest.mark.slow
 def test_deepspeed_leaves_the_same_step_out(folder, settings, skipped, strategy):
     run = fit(folder / strategy, **settings("nan_loss", **{"guards.on_nan": "skip", "trainer.strategy": strategy}))
     assert finite(run) == finite(skipped)

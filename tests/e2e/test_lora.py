@@ -73,6 +73,7 @@ def test_the_head_still_runs_on_scored_tokens_alone(folder, config):
     pytest.param("zero2", TORCHRUN, marks=pytest.mark.slow),
     pytest.param("zero3", TORCHRUN, marks=pytest.mark.slow),
 ])
+@pytest.mark.slow
 def test_every_strategy_trains_the_same_adapter(run, folder, config, strategy, launcher):
     "Losses, gradient norms and all weights, frozen ones included, as on one device."
     settings = LORA | {"model.config": config, "trainer.strategy": strategy, "trainer.accelerator": "cpu"}
@@ -122,6 +123,7 @@ def test_merged_equals_unmerged(run, merged, folder):
     assert not (merged / "adapter_config.json").exists()
 
 
+@pytest.mark.slow
 def test_merged_in_bfloat16_is_rounded_once(run, merged, folder):
     half = export(run, folder / "half", dtype="bfloat16")
     a, b = (AutoModelForCausalLM.from_pretrained(f).state_dict() for f in (merged, half))
@@ -134,6 +136,7 @@ def alone(on_base, folder):
     return export(on_base, folder / "alone", adapter="alone")
 
 
+@pytest.mark.slow
 def test_alone_it_fits_on_its_base(on_base, base, alone):
     "A folder that names its base; peft puts them together, and they are the checkpoint."
     settings = json.loads((alone / "adapter_config.json").read_text())

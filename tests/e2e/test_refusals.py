@@ -298,6 +298,7 @@ def test_validate_says_what_training_said(done):
     assert not Path("runs").exists() and not Path("lightning_logs").exists()
 
 
+@pytest.mark.slow
 def test_a_strategy_from_a_json_and_from_yaml():
     "The same DeepSpeed settings three ways: a preset, a JSON of one's own, a strategy in the recipe. One process, so the runs are equal."
     zero = {"zero_optimization": {"stage": 1, "overlap_comm": True, "contiguous_gradients": True}}

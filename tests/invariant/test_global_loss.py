@@ -77,6 +77,7 @@ def two(folder):
     return fit(folder / "ddp", **settings(folder, 2, 2, **{"trainer.strategy": "ddp", "trainer.devices": 2}))
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_batch(two, whole):
     check_equal(two, whole)
 

@@ -51,6 +51,7 @@ def test_the_loss_falls_enough_to_tell(runs):
 
 
 @pytest.mark.parametrize("strategy", [*QUICK, *(pytest.param(s, marks=pytest.mark.slow) for s in ("zero1", "zero2"))])
+@pytest.mark.slow
 def test_every_step_is_that_of_one_device(runs, strategy):
     one, many = runs("auto"), runs(strategy)
     check_equal(many, one)

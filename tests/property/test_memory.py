@@ -106,6 +106,7 @@ cli.trainer.fit(cli.model, datamodule=cli.datamodule)
 
 @pytest.mark.parametrize("strategy", ["zero3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero2", "zero3_offload"))])
 @pytest.mark.parametrize("precision", ["32-true", pytest.param("bf16-mixed", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_states_under_deepspeed(tmp_path, strategy, precision):
     "Weights, master weights and AdamW's states that DeepSpeed holds are the estimate's, up to the padding of its partitions."
     config = tiny_config(tmp_path, n_embd=128)

@@ -467,6 +467,7 @@ SLOW = pytest.mark.slow
 
 @pytest.mark.parametrize("kind, dtype", [
     ("lightning", "bfloat16"), ("zero3", "float32"), pytest.param("lightning", "float32", marks=SLOW), pytest.param("zero2", "float32", marks=SLOW)])
+@pytest.mark.slow
 def test_memory_is_bounded_by_a_part_of_the_model(large, tmp_path, kind, dtype):
     "The conversion's peak, mapped files included, is a fraction of the model, and the files hold every weight."
     folder, size = large
