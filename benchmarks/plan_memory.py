@@ -6,8 +6,8 @@ usage: python benchmarks/plan_memory.py [--out FILE]
 The first form writes the predictions of `fengshen.training.memory.estimate` for one H200, whose memory torch gives as 139.8 GiB: the
 peak that torch reserves, its parts, and whether that fits. FILE is a record that is committed before anything is measured. The second
 form reads that record, not the formulas of today, and rows of `benchmarks/gpu.py` whose `name` is the same: `ratio` is predicted to
-measured reserved memory; a row that ran out of memory has no peak, and is right where the prediction was that it would. Host memory is
-compared where the row has it.
+measured reserved memory; a row that ran out of memory has no peak, and is right where the prediction was that it would; one
+that failed otherwise says nothing. Host memory is compared where the row has it.
 
 Rows are those of `benchmarks/gpu.py`; `ours_32` is its row `ours` with 32 rows at once, which it does not have.
 """
@@ -65,9 +65,10 @@ def compare(predicted, measured):
     out = []
     for row in measured:
         known = predicted.get(row["name"])
-        if known is None:
+        error = str(row.get("error", ""))
+        short = "out of memory" in error.lower() or "OutOfMemory" in error
+        if known is None or error and not short:
             continue
-        short = "out of memory" in str(row.get("error", "")).lower() or "OutOfMemory" in str(row.get("error", ""))
         peak = None if short else row.get("reserved_gib")
         found = dict(name=row["name"], predicted_gib=known["reserved_gib"], measured_gib=peak, right=known["fits"] != short)
         if peak:
