@@ -183,7 +183,8 @@ def estimate_settings(
     kind = load_name(objective["class_path"])(**objective.as_dict().get("init_args", {})).model if objective else "causal"
     return dict(config=model_config(config), auto=getattr(auto, KINDS[kind].auto), precision=config["trainer"]["precision"],
                 attention="eager" if model.get("attention") == "eager" else "auto", lora=model["lora"]["r"] if model.get("lora") else None, nodes=config["trainer"]["num_nodes"],
-                optimizer=model["optimizer"]["kind"] if model.get("optimizer") else "fused_adamw")
+                optimizer=model["optimizer"]["kind"] if model.get("optimizer") else "fused_adamw",
+                compiled=bool(config["data"].get("packing") if model.get("compile") is None else model["compile"]), activation_budget=model.get("activation_budget", 1.0))
 
 
 def row_length(
