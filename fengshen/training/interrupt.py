@@ -27,7 +27,7 @@ class Listener:
     "Remembers the first signal."
 
     def __init__(self):
-        self.heard, self.training = None, False
+        self.heard, self.training, self.when = None, False, "before the first step"
 
     def __call__(self, number, frame=None):
         name, before = signal.Signals(number).name, self.heard
@@ -35,7 +35,7 @@ class Listener:
         if before:
             raise Interrupted(f"{name} after {before}: stopped at once, without saving")
         if not self.training:
-            raise Interrupted(f"{name} before the first step")
+            raise Interrupted(f"{name} {self.when}")
         say(f"\n{name}: saving after this step, then stopping; once more stops at once")
 
 # %% ../../nbs/api/training/interrupt.ipynb #b11c9a75
@@ -76,7 +76,7 @@ class StopOnSignal(pl.Callback):
     def on_exception(self, trainer, module, exception):
         "A run that ends for another reason has nothing to save any more."
         if self.listener is not None:
-            self.listener.training = False
+            self.listener.training, self.listener.when = False, "when training had ended"
 
     def on_train_end(self, trainer, module):
         "Training is over: the export that follows can be ended at once."
