@@ -416,6 +416,7 @@ def test_a_corpus_that_does_not_say_who_wrote_it(place, tmp_path):
 
 # The command line
 
+@pytest.mark.slow
 def test_json_is_one_object_and_nothing_else(tmp_path):
     done = cli("doctor", "-c", "demo", "--run_dir", tmp_path / "run", "--json", cwd=tmp_path)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr

@@ -106,7 +106,8 @@ def test_a_failed_verification_leaves_the_earlier_export(runs, exported, tmp_pat
     assert (out / "model.safetensors").read_bytes() == before
 
 
-@pytest.mark.parametrize("strategy", ["zero3", pytest.param("zero2", marks=pytest.mark.slow)])  # needs that run
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["zero3", "zero2"])
 def test_a_missing_shard(runs, tmp_path, strategy):
     "Under ZeRO-3 nobody else has its weights; ZeRO-2 has the whole ones of the forward pass too, float32 in this run."
     folder = tmp_path / "checkpoints" / "step-00000003"
@@ -179,6 +180,7 @@ def published(folder, tokenizer, **changes):
     return model
 
 
+@pytest.mark.slow
 def test_a_published_folder_through_the_command_line(exported, tmp_path):
     "float16 stays float16 unless asked, and what comes out needs neither this library nor old names."
     model = published(tmp_path / "wenzhong", exported)

@@ -86,7 +86,7 @@ def test_a_skipped_step_changes_no_weight_and_no_moment(skipped):
 
 def test_a_skipped_step_is_a_step_that_was_never_taken(folder, settings, skipped):
     "The same losses and weights, to the bit, as a run with a good loss whose module drops that step's update by hand; schedule and data go on."
-    without = fit_here(folder / "without", **settings(module="tests.poison.WithoutStep"))
+    without = fit_here(folder / "without", **settings("plain", module="tests.poison.WithoutStep"))
     ours, theirs = series(skipped, "loss"), series(without, "loss")
     assert ours[: BAD - 1] == theirs[: BAD - 1] and ours[BAD:] == theirs[BAD:] and ours[BAD - 1] is None
     assert series(skipped, "lr") == series(without, "lr") and series(skipped, "tokens") == series(without, "tokens")

@@ -42,6 +42,7 @@ def test_every_other_command_is_known(line):
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.slow
 def test_fengshen_commands_run_one_after_the_other(tmp_path):
     "In an empty folder, in the order of the page, exactly as written."
     for line in FENGSHEN:

@@ -82,6 +82,7 @@ def test_two_processes_are_one_batch(two, whole):
     check_equal(two, whole)
 
 
+@pytest.mark.slow
 def test_the_record_counts_the_tokens_of_both_processes(two):
     "A validation's line and the step's line before it stand at the same number of real tokens."
     assert series(two, "tokens", "valid") == series(two, "tokens")[-1:]

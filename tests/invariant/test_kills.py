@@ -98,7 +98,7 @@ def kill_and_compare(folder, name, kills, steps):
     assert not list(Path(run / "checkpoints").glob("*.partial"))
 
 
-@pytest.mark.parametrize("name, kills", [("one device, padded", 2), ("ZeRO-3, 2 processes", 1)])
+@pytest.mark.parametrize("name, kills", [("one device, padded", 2), pytest.param("ZeRO-3, 2 processes", 1, marks=pytest.mark.slow)])
 def test_killed_and_started_again(tmp_path, name, kills):
     kill_and_compare(tmp_path, name, kills, steps=16)
 
