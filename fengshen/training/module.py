@@ -173,9 +173,7 @@ def load_state_dict(self: LanguageModelModule, state_dict, *args, **kwargs):
 def teardown(self: LanguageModelModule, stage):
     "After the loop, models are built whole again: without this, an export in the same process would get empty shards. Weights are float32 again."
     self._zero3 = None
-    if self.sixteen:
-        self.sixteen.release()
-        self.sixteen = None
+    self.sixteen = self.sixteen and self.sixteen.release()
 
 
 @patch

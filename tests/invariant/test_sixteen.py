@@ -1,5 +1,6 @@
 """A model that trains in 16 bits leaves what a float32 one leaves: float32 checkpoints and exports, exact resume, and nothing of a step that failed."""
 
+import pytest
 import torch
 from pytorch_lightning.callbacks import Callback
 
@@ -74,3 +75,33 @@ def test_an_adapter_over_a_base_that_16_bits_cannot_hold(tmp_path):
     found = weights(run)
     frozen = {name: value for name, value in found.items() if "lora" not in name}
     assert any(not torch.equal(value, value.bfloat16().float()) for value in frozen.values()), "the base is what it was"
+
+
+class Break(Callback):
+    "An error in the middle."
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_step == 3:
+            raise RuntimeError("broken")
+
+
+class Look(Callback):
+    "Remember the float32 weights that a run begins with."
+
+    def on_train_start(self, trainer, module):
+        self.seen = {name: module.sixteen.whole(p).clone() for name, p in module.model.named_parameters()}
+
+
+def test_after_an_error_the_same_module_goes_on_with_every_bit(tmp_path):
+    from fengshen.cli.fit import prepare, run_fit
+    from fengshen.training.trainer import new_trainer
+    from tests.training_runs import QUIET, flags
+
+    cli = prepare(["-c", "demo", *flags(QUIET | settings(tmp_path) | {"run_dir": str(tmp_path / "run"), "trainer.strategy": "auto"})])
+    cli.trainer.callbacks.append(Break())
+    with pytest.raises(RuntimeError, match="broken"):
+        run_fit(cli)
+    learned, look = {name: p.detach().clone() for name, p in cli.model.model.named_parameters()}, Look()
+    new_trainer(tmp_path / "again", precision="bf16-mixed", accelerator="cpu", devices=1, max_steps=1, limit_val_batches=0, callbacks=[look]).fit(cli.model, cli.datamodule)
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in learned.values())
+    assert all(torch.equal(value, learned[name]) for name, value in look.seen.items())

@@ -165,10 +165,10 @@ def use_float8(
     model,  # A Hugging Face model; changed in place
     recipe="tensorwise",  # tensorwise or rowwise
 ) -> int:
-    "Train the linear layers of the blocks in 8 bits; how many they are. Layers whose sides are not multiples of 16 stay as they are."
+    "Train the linear layers of the blocks in 8 bits; how many they are. An adapter's matrices, and layers whose sides are not multiples of 16, stay as they are."
     product, found = pick("model.fp8", recipe, RECIPES), 0
-    for layer in blocks(model).modules():
-        if type(layer) in KINDS and all(side % 16 == 0 for side in layer.weight.shape):
+    for name, layer in blocks(model).named_modules():
+        if type(layer) in KINDS and "lora_" not in name and all(side % 16 == 0 for side in layer.weight.shape):
             layer.__class__ = KINDS[type(layer)]
             layer.product, found = product, found + 1
     if not found:
