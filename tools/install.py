@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 MINIMUM = (3, 11)
 TORCH = next(line for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines() if line.startswith("torch=="))
-EXTRAS = "deepspeed,widgets,log,lora,fast,gigatoken,jieba,sentencepiece,metric,dev"
+EXTRAS = "deepspeed,widgets,log,qlora,fast,gigatoken,jieba,sentencepiece,metric,dev"
 
 
 def refuse(wrong, do):

@@ -9,6 +9,7 @@ __all__ = ['LoRAConfig', 'linear_layers', 'target_layers', 'peft_config', 'add_l
 # %% ../../nbs/api/models/lora.ipynb #c81e728d
 import math
 import zlib
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
@@ -17,8 +18,9 @@ from transformers.pytorch_utils import Conv1D
 
 from .loading import gathered
 from .model_utils import check_range, parameter_count
-from ..utils.core import explain, nearest, need, say
+from ..utils.core import choice, explain, nearest, need, say
 from ..utils.device import seeded
+from ..utils.kernels.four_bit import use_four_bits
 
 # %% ../../nbs/api/models/lora.ipynb #e4da3b7f
 @dataclass
@@ -29,12 +31,27 @@ class LoRAConfig:
     alpha: int = 16  # The correction counts alpha / r times; twice the rank is usual
     dropout: float = 0.0  # Share of a layer's inputs that the correction does not see while training
     targets: list[str] | None = None  # Names of layers, such as ["q_proj", "v_proj"]; null: every linear layer but the head
+    quantize: str | None = None  # nf4: the frozen matrices of the blocks lie in 4 bits (QLoRA); null: they stay as they are
 
     def __post_init__(self):
         check_range("lora.r", self.r, isinstance(self.r, int) and self.r >= 1, "a whole number of at least 1")
         check_range("lora.alpha", self.alpha, self.alpha > 0, "a number above 0", "twice lora.r is usual")
         check_range("lora.dropout", self.dropout, 0 <= self.dropout < 1, "a share from 0 to below 1")
+        check_range("lora.quantize", self.quantize, self.quantize in (None, "nf4"), "nf4, or null")
         check_range("lora.targets", self.targets, self.targets is None or len(self.targets) > 0, "names of layers, or null", "leave it out to adapt every linear layer")
+
+    def building(
+        self,
+        deepspeed=False,  # Whether DeepSpeed will train it
+        fp8=None,  # What model.fp8 is
+    ):
+        "The context in which the base is built: where it will be in 4 bits, host memory, from where the device gets one layer after the other."
+        if self.quantize is None:
+            return nullcontext()
+        if deepspeed or fp8:
+            other, do = ("DeepSpeed", "set trainer.strategy to auto (or ddp)") if deepspeed else ("model.fp8", "set model.fp8 to null")
+            raise ValueError(explain("a base of 4 bits does not go together with this", other, "one device or DDP, products in 16 bits", f"{do}, or lora.quantize to null"))
+        return torch.device("cpu")
 
     def facts(self) -> dict:
         "The settings as plain data, for a checkpoint."
@@ -80,8 +97,11 @@ def add_lora(
     model,  # A Hugging Face causal LM, sharded or not; changed in place
     config,  # A LoRAConfig
     seed=42,  # Seed of the run
+    device=None,  # Where a base of 4 bits will be; None: where the model is
 ):
-    "The model with an adapter in it, everything else frozen."
+    "The model with an adapter in it, everything else frozen; in 4 bits, if the config says so."
+    if config.quantize:
+        choice("base", config.quantize, f"asked for; {use_four_bits(model, device)} matrices in 4 bits, each number half a byte")
     layers = target_layers(model, config)
     need("peft").inject_adapter_in_model(peft_config(config, layers), model)
     for name, module in model.named_modules():

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NAME', 'LOWER_IS_BETTER', 'BYTES_A_PARAMETER', 'checkpoints', 'step_of', 'kept', 'Worker', 'Collector', 'collect',
-           'copied', 'into', 'write_fault', 'room', 'save_companions', 'kind_of', 'facts_of', 'versions', 'Checkpoints',
-           'validation_follows', 'shared_hashes']
+           'copied', 'into', 'bytes_of', 'write_fault', 'room', 'save_companions', 'kind_of', 'facts_of', 'versions',
+           'Checkpoints', 'validation_follows', 'shared_hashes']
 
 # %% ../../nbs/api/training/checkpoint.ipynb #8300fba7
 import re
@@ -139,6 +139,14 @@ def into(buffers, i, tensor) -> torch.Tensor:
 BYTES_A_PARAMETER = 16  # float32 weight and two moments, and a 16-bit copy with its bookkeeping under DeepSpeed
 
 
+def bytes_of(
+    p,  # A parameter
+) -> int:
+    "What a checkpoint keeps of it, at most: a frozen one is there once, in float32 or in 4 bits."
+    frozen = 4 * getattr(p, "ds_numel", p.numel()) if p.is_floating_point() else p.nbytes
+    return BYTES_A_PARAMETER * getattr(p, "ds_numel", p.numel()) if p.requires_grad else frozen
+
+
 def write_fault(
     error,  # What writing raised
 ) -> str:
@@ -257,7 +265,7 @@ def on_train_start(self: Checkpoints, trainer, module):
     deep = hasattr(trainer.strategy, "deepspeed_engine")
     if self.saves:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.size = self.size or BYTES_A_PARAMETER * sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
+        self.size = self.size or sum(bytes_of(p) for p in module.parameters())
         wrong = trainer.strategy.broadcast(room(self.folder, self.size))
         if wrong:
             raise ValueError(explain("the disk will not hold a checkpoint of this run", wrong, "room for one more than is kept", "free some space, or choose another --run_dir"))

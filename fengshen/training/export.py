@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TOKENIZERS', 'Source', 'DTYPES', 'CARD', 'SETTINGS', 'ADAPTERS', 'find_source', 'beside', 'find_config', 'fill_ids',
            'find_tokenizer', 'open_source', 'lora_of', 'pick_dtype', 'base_tensors', 'ordered', 'build', 'quiet',
-           'write_model', 'write_adapter', 'base_name', 'writes', 'loader_of', 'model_card', 'verify_export',
-           'out_folder', 'put_in_place', 'export']
+           'write_model', 'write_adapter', 'original', 'base_name', 'writes', 'loader_of', 'model_card',
+           'verify_export', 'out_folder', 'put_in_place', 'export']
 
 # %% ../../nbs/api/training/export.ipynb #c81e728d
 import contextlib
@@ -128,14 +128,14 @@ def lora_of(
     weights,  # The weights of a checkpoint
     model,  # The model they are of, on any device
 ):
-    "(LoRAConfig, {layer: module}, its base) if there is an adapter in the weights, else None."
+    "(LoRAConfig of the model as it is read, {layer: module}, its base) if there is an adapter in the weights, else None."
     pairs = adapters(weights.shapes)
     if not pairs:
         return None
     if not weights.ours or "lora" not in weights.facts:
         raise ValueError(explain("there is an adapter in the weights, but not its alpha", list(pairs)[0], "a checkpoint of this library", "merge it where it was trained, with peft"))
     facts = dict(weights.facts["lora"])
-    base = {key: facts.pop(key) for key in ("base", "hub")}
+    base = {key: facts.pop(key, None) for key in ("base", "hub", "quantize")}  # the weights are read whole, also where they lay in 4 bits
     layers = target_layers(model, config := LoRAConfig(**facts))
     if set(layers) != {layer.removeprefix(PREFIX) for layer in pairs}:
         raise ValueError(explain("the adapter in the weights is not the one its settings describe", sorted(pairs)[:3], f"{len(layers)} adapted layers"))
@@ -193,10 +193,11 @@ def build(
     checkpoint,  # A folder or file of weights, or what `open_source` gave
     dtype,  # A torch dtype
     config=None,  # A config.json, a folder or a hub id; None: the checkpoint has it
+    base=None,  # Another source of the base, under the same adapter; None: the checkpoint's own
 ):
     "The Hugging Face model of a checkpoint, on the CPU, its adapter beside it; weights that need no rounding stay in the mapped file."
     source = checkpoint if isinstance(checkpoint, Source) else open_source(checkpoint, config)
-    state = {n: t.to(dtype) if t.is_floating_point() else t for n, t in base_tensors(source, merged=False)}
+    state = {n: t.to(dtype) if t.is_floating_point() else t for n, t in base_tensors(base or source, merged=False)}
     with quiet():
         model = source.kind.from_pretrained(None, config=source.config, state_dict=state, dtype=dtype)
     if source.lora:
@@ -257,6 +258,14 @@ def write_adapter(
     settings.base_model_name_or_path, settings.inference_mode, settings.init_lora_weights = base_name(source, base), True, True
     settings.save_pretrained(folder)
     return dict(tensors=found, dtype=str(dtype).removeprefix("torch."))
+
+
+def original(
+    source,  # What `open_source` gave
+) -> Source | None:
+    "The base in its own folder, where the adapter learned over one in 4 bits; None: the checkpoint has it as it is."
+    base = source.lora[2]
+    return open_source(fetch(base["base"], base["hub"])) if base["quantize"] else None
 
 
 def base_name(
@@ -401,7 +410,8 @@ def export(
     count = sum(torch.Size(s).numel() for n, s in found.layout.items() if n not in found.tied)
     facts = dict(architecture=found.kind.__name__, parameters=f"{count:,}", dtype=str(kind).removeprefix("torch."), checkpoint=checkpoint.name)
     (partial / "README.md").write_text(model_card(checkpoint, facts, adapter == "alone", found.kind), "utf8")
-    said = verify_export(partial, expected | dict(logits=verify.logits(build(found, kind))))
+    base = original(found) if adapter == "alone" else None
+    said = verify_export(partial, expected | dict(logits=verify.logits(build(found, kind, base=base))))
     put_in_place(partial, out)
     say(f"exported {checkpoint.name} to {out} ({time.time() - started:.0f} s): {said}")
     return out

@@ -34,6 +34,7 @@ from ..utils.device import Soon, device_kind
 from ..utils.kernels.adamw import MasterAdamW
 from ..utils.kernels.compile import compile_blocks, uncompiled
 from ..utils.kernels.float8 import use_float8, why_not_float8
+from ..utils.kernels.four_bit import four_bit_forms
 from ..utils.kernels.head_loss import head_loss, why_not_fused
 from ..utils.kernels.loss import chunked_loss
 from ..utils.resources import fetch
@@ -125,7 +126,8 @@ def configure_model(self: LanguageModelModule):
     self.kind = kind_of(self.trainer.datamodule)
     tokenizer, objective = (getattr(self.trainer.datamodule, name, None) for name in ("tokenizer", "objective"))
     auto = getattr(auto_classes, KINDS[self.kind].auto)
-    model = from_checkpoint(self.path, self.hub, auto) if self.path else from_config(self.config, seed, self.hub, auto, tokenizer, getattr(objective, "begin", None))
+    with self.lora.building(hasattr(self.trainer.strategy, "deepspeed_engine"), self.fp8) if self.lora else nullcontext():
+        model = from_checkpoint(self.path, self.hub, auto) if self.path else from_config(self.config, seed, self.hub, auto, tokenizer, getattr(objective, "begin", None))
     check_objective(objective, model.config)
     length = getattr(self.trainer.datamodule, "max_length", None)
     check_context(model.config, length)
@@ -139,7 +141,7 @@ def configure_model(self: LanguageModelModule):
     if stops := getattr(self.trainer.datamodule, "stops", None):
         set_stops(self.model, stops)
     if self.lora is not None:
-        add_lora(self.model, self.lora, seed)
+        add_lora(self.model, self.lora, seed, self.trainer.strategy.root_device)
     self.prepare(zero3=self._zero3 is not None)
 
 
@@ -147,7 +149,7 @@ def configure_model(self: LanguageModelModule):
 def on_save_checkpoint(self: LanguageModelModule, checkpoint):
     "Keep the run's count of real tokens, summed over the ranks, and what an export has to know of an adapter."
     if self.lora is not None:
-        checkpoint["lora"] = self.lora.facts() | dict(base=self.path, hub=self.hub)
+        checkpoint["lora"], checkpoint["four_bit"] = self.lora.facts() | dict(base=self.path, hub=self.hub), four_bit_forms(self)
     mine = torch.tensor(float(self.totals.tokens), device=self.device, dtype=torch.float64)
     checkpoint["tokens"] = int(self.trainer.strategy.reduce(mine, reduce_op="sum"))
     if self.sixteen:

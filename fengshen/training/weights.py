@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..utils.core import choice, explain, say
+from ..utils.kernels.four_bit import whole
 
 # %% ../../nbs/api/training/weights.ipynb #e4da3b7f
 class StandIn:
@@ -185,9 +186,14 @@ class Weights:
 # %% ../../nbs/api/training/weights.ipynb #aab32389
 def tensors_of(
     content,  # A dict
+    forms=None,  # {name: form} of the matrices that lie in 4 bits
 ) -> dict:
-    "The tensors of a dict, as `Stored`."
-    return {name: stored(value) for name, value in content.items() if isinstance(value, torch.Tensor)}
+    "The tensors of a dict, as `Stored`; matrices in 4 bits are made whole when they are read."
+    found = {name: stored(value) for name, value in content.items() if isinstance(value, torch.Tensor)}
+    for name, form in (forms or {}).items():
+        shape = form[1::-1] if form[2] else form[:2]
+        found[name] = Stored(tuple(shape), torch.float32, partial(whole, content[name], form))
+    return found
 
 
 def check_whole_model(
@@ -220,7 +226,8 @@ def open_file(
         raise ValueError(explain(f"{path} holds no weights by name", type(content).__name__, "a dictionary"))
     facts = {k: content[k] for k in ("lora",) if k in content}
     if isinstance(content.get("state_dict"), dict):
-        return Weights(path, "a Lightning checkpoint", [Part(lambda: tensors_of(load_file(path)["state_dict"]), is_archive(path))], facts)
+        forms = content.get("four_bit")
+        return Weights(path, "a Lightning checkpoint", [Part(lambda: tensors_of(load_file(path)["state_dict"], forms), is_archive(path))], facts)
     if "module" in content:
         check_whole_model(content, path)
         note_sixteen_bit(content["module"], path.name)

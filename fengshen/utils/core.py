@@ -78,7 +78,7 @@ def choice(
     return value
 
 # %% ../../nbs/api/utils/core.ipynb #98f13708
-EXTRAS = dict(deepspeed="deepspeed", ipywidgets="widgets", tensorboard="log", modelscope="hub", peft="lora", gigatoken="gigatoken", ray="ray", jieba="jieba",
+EXTRAS = dict(deepspeed="deepspeed", ipywidgets="widgets", tensorboard="log", modelscope="hub", peft="lora", bitsandbytes="qlora", gigatoken="gigatoken", ray="ray", jieba="jieba",
               sacrebleu="metric", nltk="metric", sentencepiece="sentencepiece")
 
 
