@@ -65,7 +65,8 @@ def peer(name, group, model, states="fp32 weights and states, autocast", tuned=F
 
 MASTER, MIXED = "bf16 weights, fp32 masters and moments", "fp32 weights and states, autocast"
 LORA = dict(r=16, alpha=32)
-FOUR = "nf4 base, fp32 LoRA, autocast"
+QLORA = LORA | dict(quantize="nf4")
+FOUR, FOUR_OURS = "nf4 base, fp32 LoRA, autocast", "nf4 base, LoRA in bf16 with fp32 masters"
 FAST = dict(trainer__strategy="auto")
 HOST = dict(recipe="wenzhong_qa_offload", warm=2, steps=4)
 
@@ -115,6 +116,9 @@ for model, title in (("gpt2_3b6", "3.56B"), ("qwen3_4b", "Qwen3-4B-type")):
     peer(f"{short}_lora_hf_20gb", group, model, lora=True, rows=2, accumulate=8, states="bf16 base, fp32 LoRA, autocast")
     peer(f"{short}_lora_hf_varlen", group, model, lora=True, batch="flat", tuned=True, states="bf16 base, fp32 LoRA, autocast")
     peer(f"{short}_lora_trl", group, model, lora=True, trainer="trl", tuned=True, states="bf16 base, fp32 LoRA, autocast")
+    for suffix, rows in (("", 16), ("_10gb", 2)):
+        four = dict(rows=rows, accumulate=16 // rows, states=FOUR_OURS, model__lora=QLORA)
+        ours(f"{short}_qlora{suffix}", f"{title} QLoRA r=16 zh, 16,384 tokens a step", model, **FAST, **four)
     peer(f"{short}_qlora_hf", f"{title} QLoRA r=16 zh, 16,384 tokens a step", model, lora=True, four_bit=True, states=FOUR)
     peer(f"{short}_qlora_hf_10gb", f"{title} QLoRA r=16 zh, 16,384 tokens a step", model, lora=True, four_bit=True, rows=2, accumulate=8, states=FOUR)
 QWEN = "Qwen3-4B-type full zh, 16,384 tokens a step"
