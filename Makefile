@@ -10,6 +10,8 @@ READY := .venv/ready
 # DeepSpeed compiles with ninja and finds it on PATH only; tests train small tensors, which more threads than cores make slower, not faster.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 test%: export OMP_NUM_THREADS := 1
+# Some containers forbid Python to keep what it has compiled; a process then starts in 50 s instead of 15, and the tests start hundreds.
+unexport PYTHONDONTWRITEBYTECODE
 # Two notebooks at a time; `--n_workers 0` would run them all in one process, where one notebook's state reaches the next.
 NOTEBOOKS = $(PY) -c 'from nbdev.test import nbdev_test; nbdev_test()' --n_workers 2
 
