@@ -23,11 +23,12 @@ def in_notebook():
     return shell is not None and getattr(shell, "kernel", None) is not None
 
 
-def fit(recipe, settings=None, *, live=None, wait=True, **overrides):
+def fit(recipe, settings=None, *, live=None, wait=True, engine="local", **overrides):
     """Train a recipe: `fengshen.fit("demo", {"trainer.max_steps": 100})`; the run's folder as a `Run`.
 
     settings: the flags of `fengshen fit`, without dashes; those that are Python names may be given as keywords (`run_dir="runs/x"`).
     live: show widgets and train beside the cell (None: in a notebook). wait: with live, wait for the end.
+    engine: "local", or "ray": the workers of a Ray cluster train.
     """
     from fengshen.cli.fit import fit, words
     from fengshen.utils.core import explain
@@ -35,8 +36,8 @@ def fit(recipe, settings=None, *, live=None, wait=True, **overrides):
     if not isinstance(settings, dict | None):
         raise ValueError(explain("settings are a dict", settings, '{"trainer.max_steps": 100, ...}', "name other arguments: live=..., wait=..."))
     overrides = (settings or {}) | overrides
-    if not (in_notebook() if live is None else live):
-        return fit(recipe, overrides)
+    if not (in_notebook() and engine == "local" if live is None else live):
+        return fit(recipe, overrides, engine=engine)
     from fengshen.training.control import RunControl
     from fengshen.widgets.live import LiveView
 
@@ -46,4 +47,4 @@ def fit(recipe, settings=None, *, live=None, wait=True, **overrides):
         from IPython.display import display
 
         display(view)
-    return fit(recipe, overrides, view, control, wait)
+    return fit(recipe, overrides, view, control, wait, engine)

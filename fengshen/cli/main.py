@@ -17,15 +17,28 @@ from ..utils.core import Explained, explain, is_main_process, nearest, say
 
 # %% ../../nbs/api/cli/main.ipynb #1679091c
 def _fit(args):
-    from fengshen.cli.fit import prepare, run_fit
+    from fengshen.cli.fit import prepare, run_fit, split_engine
     from fengshen.training.interrupt import EXIT_RESUME, Interrupted
 
+    engine, args = split_engine(args)
     atexit.register(_close_processes)  # at the very end: a caller in this process may train again
     try:
+        if engine == "ray":
+            return _fit_on_ray(args)
         run_fit(prepare(args))
     except Interrupted as e:
         say(f"fengshen fit: {e}")
         return EXIT_RESUME
+
+
+def _fit_on_ray(args):
+    from fengshen.cli.ray_train import WorkerFailed, fit_on_ray
+
+    try:
+        fit_on_ray(args)
+    except WorkerFailed as e:  # its traceback is the worker's, and in the run's folder
+        print(f"fengshen fit: {e}", file=sys.stderr)
+        return 1
 
 
 def _close_processes():
