@@ -119,6 +119,7 @@ for model, title in (("gpt2_3b6", "3.56B"), ("qwen3_4b", "Qwen3-4B-type")):
     for suffix, rows in (("", 16), ("_10gb", 2)):
         four = dict(rows=rows, accumulate=16 // rows, states=FOUR_OURS, model__lora=QLORA)
         ours(f"{short}_qlora{suffix}", f"{title} QLoRA r=16 zh, 16,384 tokens a step", model, **FAST, **four)
+    ours(f"{short}_qlora_10gb_budget", f"{title} QLoRA r=16 zh, 16,384 tokens a step", model, **FAST, **four, model__activation_budget=0.7)
     peer(f"{short}_qlora_hf", f"{title} QLoRA r=16 zh, 16,384 tokens a step", model, lora=True, four_bit=True, states=FOUR)
     peer(f"{short}_qlora_hf_10gb", f"{title} QLoRA r=16 zh, 16,384 tokens a step", model, lora=True, four_bit=True, rows=2, accumulate=8, states=FOUR)
 QWEN = "Qwen3-4B-type full zh, 16,384 tokens a step"

@@ -26,6 +26,7 @@ from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 from ..data.masking.objectives import Objective
 from ..models import auto
 from ..models.loading import config_from
+from ..models.lora import LoRAConfig
 from ..training.kinds import KINDS, positions_of
 from ..training.launch import check_launch
 from ..training.placement import Step, accumulation, plan, steps_for
@@ -182,7 +183,7 @@ def estimate_settings(
     model, objective = config["model"], config["data"].get("objective")
     kind = load_name(objective["class_path"])(**objective.as_dict().get("init_args", {})).model if objective else "causal"
     return dict(config=model_config(config), auto=getattr(auto, KINDS[kind].auto), precision=config["trainer"]["precision"],
-                attention="eager" if model.get("attention") == "eager" else "auto", lora=model["lora"]["r"] if model.get("lora") else None, nodes=config["trainer"]["num_nodes"],
+                attention="eager" if model.get("attention") == "eager" else "auto", lora=LoRAConfig(**model["lora"]) if model.get("lora") else None, nodes=config["trainer"]["num_nodes"],
                 optimizer=model["optimizer"]["kind"] if model.get("optimizer") else "fused_adamw",
                 compiled=bool(config["data"].get("packing") if model.get("compile") is None else model["compile"]), activation_budget=model.get("activation_budget", 1.0))
 

@@ -28,6 +28,7 @@ from .deepspeed import read_config
 from ..utils.charts import table_html
 from ..utils.core import explain, patch, pick
 from ..utils.kernels.compile import blocks
+from ..utils.kernels.four_bit import A_NUMBER, four_bit_layers
 
 # %% ../../nbs/api/training/memory.ipynb #e4da3b7f
 GIB = 2**30
@@ -145,6 +146,7 @@ class Counts:
     all: int  # Every parameter once
     trained: int  # Those that get a gradient
     largest: int  # Of the largest single module, which ZeRO-3 gathers whole
+    four_bit: int = 0  # Of those that are not trained, in 4 bits
 
 
 def count(
@@ -156,7 +158,8 @@ def count(
     largest = max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules())
     lora = LoRAConfig(r=lora) if isinstance(lora, int) else lora
     added = sum(lora.r * sum(layer.weight.shape) for layer in target_layers(model, lora).values()) if lora else 0
-    return Counts(whole + added, added or whole, largest)
+    narrow = sum(layer.weight.numel() for layer in four_bit_layers(model).values()) if lora and lora.quantize else 0
+    return Counts(whole + added, added or whole, largest, narrow)
 
 # %% ../../nbs/api/training/memory.ipynb #c51ce410
 PLACES = dict(none="device", cpu="host", nvme="disk")
@@ -242,7 +245,7 @@ def part(
 def states(self: Setting) -> list:
     "Weights, gradients, master weights and optimizer states."
     n, layout, w = self.counts, self.layout, self.width
-    parts = [self.part("weights", w * n.all, f"{w} bytes x {n.all:,}", 3, layout.weights)]
+    parts = [self.part("weights", w * n.all - int((w - A_NUMBER) * n.four_bit), f"{w} bytes x {n.all:,}" + f", {n.four_bit:,} of them in 4 bits" * bool(n.four_bit), 3, layout.weights)]
     if not layout.deepspeed:
         place, gradients = self.masters or "device", self.part("gradients", w * n.trained, f"{w} bytes x {n.trained:,}")
         masters = [self.part("master weights", 4 * n.trained, "float32, kept by the optimizer", place=place)] if self.masters else []
@@ -408,9 +411,8 @@ def kept(
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), watch:
         run_empty(model, rows, length, fused)
     copies = {c.untyped_storage()._cdata: c.untyped_storage().nbytes() for c in watch.copies.values()}
-    known = weights | set(copies)
-    starts = set().union(*(watch.roots(name) for name in saved)) - known
-    return tally({k: v for k, v in saved.items() if k not in known}, sum(watch.edges[name] for name in starts), inputs, sum(copies.values()))
+    starts = set().union(*(watch.roots(name) for name in saved)) - weights - set(copies)
+    return tally({k: v for k, v in saved.items() if k not in weights and k not in copies}, sum(watch.edges[name] for name in starts), inputs, sum(copies.values()))
 
 # %% ../../nbs/api/training/memory.ipynb #4e732ced
 def tally(saved, compiled, inputs, copies) -> Kept:
@@ -519,7 +521,7 @@ def disk_parts(setting) -> list:
     n, layout = setting.counts, setting.layout
     width = 4 if setting.masters else setting.width
     states = 12 * n.trained if layout.deepspeed and layout.stage else 2 * width * n.trained
-    weights = width * n.all if layout.stage < 3 else 0
+    weights = width * n.all - int((width - A_NUMBER) * n.four_bit) if layout.stage < 3 else 0
     return [Part("checkpoint", disk=weights + states, why="weights, master weights and optimizer states"), Part("export", disk=4 * n.all, why="weights in float32")]
 
 # %% ../../nbs/api/training/memory.ipynb #a5bfc9e0
@@ -574,9 +576,7 @@ def host_free(
     lines = dict(line.split(":", 1) for line in Path(meminfo).read_text("utf8").splitlines())
     free, limit = int(lines["MemAvailable"].split()[0]) * 1024, Path(group) / "memory.max"
     text = limit.read_text("utf8").strip() if limit.exists() else "max"
-    if text == "max":
-        return free
-    return min(free, max(0, int(text) - int((Path(group) / "memory.current").read_text("utf8"))))
+    return free if text == "max" else min(free, max(0, int(text) - int((Path(group) / "memory.current").read_text("utf8"))))
 
 # %% ../../nbs/api/training/memory.ipynb #67c6a1e7
 LEVERS = {
