@@ -37,8 +37,10 @@ def finish(
     tokens,  # Real tokens in it
     tokenizer=None,  # For the picture only
 ) -> Batch:
-    "The batch with `tokens` and `num_labels` counted."
+    "The batch with `tokens` and `num_labels` counted; `whole` where its mask hides nothing."
     batch.update(tokens=int(tokens), num_labels=int((batch["labels"][:, 1:] != -100).sum()))
+    if "attention_mask" in batch:
+        batch.setdefault("whole", bool(batch["attention_mask"].all()))
     batch.tokenizer = tokenizer
     return batch
 

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['SENTENCE', 'EDIT', 'DECODED', 'KINDS', 'UNPACKED', 'CANDIDATES', 'RESERVED', 'Second', 'order_loss', 'edits_loss',
-           'Kind', 'kind_of', 'kind_inputs', 'attention_of', 'magnify', 'probe', 'scores_of', 'find_head', 'score',
-           'positions_of', 'check_target', 'check_objective']
+           'Kind', 'kind_of', 'kind_inputs', 'attention_of', 'Head', 'magnify', 'magnify_inputs', 'probe', 'scores_of',
+           'find_head', 'score', 'positions_of', 'check_target', 'check_objective']
 
 # %% ../../nbs/api/training/kinds.ipynb #7e8b696f
+from contextlib import nullcontext
 from typing import Callable, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 
 from ..utils.core import choice, explain, pick
 from ..utils.kernels.attention import FLASH, choose_attention, model_inputs
+from ..utils.kernels.loss import left_out
 
 # %% ../../nbs/api/training/kinds.ipynb #cc8792d8
 class Second(NamedTuple):
@@ -84,7 +86,7 @@ def kind_inputs(
     if name == "causal":
         more = {key: batch[key] for key in ("token_type_ids",) if key in batch}
         return model_inputs(batch, attention, getattr(config, "sliding_window", None)) | more
-    found = {key: batch[key] for key in kind.inputs if key in batch}
+    found = {key: batch[key] for key in kind.inputs if key in batch} | (dict(attention_mask=None) if batch.get("whole") else {})
     start = getattr(config, "decoder_start_token_id", None)
     if name == "seq2seq" and start is not None:
         found["decoder_input_ids"] = torch.cat([torch.full_like(found["decoder_input_ids"][:, :1], start), found["decoder_input_ids"][:, 1:]], 1)
@@ -110,10 +112,22 @@ def attention_of(
 CANDIDATES = ("cls.predictions", "lm_head")  # where masked models have theirs
 
 
+class Head(NamedTuple):
+    "The module that makes scores of tokens out of the body's last states."
+
+    name: str  # Its dotted name
+    inside: bool = False  # True where no module of the model gives these states: they are had by running all of it with the head left out
+
+
 def magnify(module, inputs, output):
     "A forward hook: the last hidden state a hundred times as large, so that a cap on the logits shows on a fresh model too, whose logits are small."
     output.last_hidden_state = output.last_hidden_state * 100
     return output
+
+
+def magnify_inputs(module, inputs):
+    "The same, as a hook before a head."
+    return (inputs[0] * 100,)
 
 
 def probe(
@@ -134,20 +148,24 @@ def scores_of(
 @torch.no_grad()
 def find_head(
     model,  # A Hugging Face language model
-) -> str | None:
-    "The dotted name of the head that gives the model's scores of tokens from its body's last state; None where there is none."
-    names = [name for name, module in model.named_modules() if module is model.get_output_embeddings() or name in CANDIDATES]
-    if model.base_model is model or not names:
+) -> Head | None:
+    "The head that gives the model's scores of tokens from its body's last states; None where there is none."
+    last, inside = model.get_output_embeddings(), model.base_model is model
+    names = [name for name, module in model.named_modules() if module is last or name in CANDIDATES]
+    if not names or inside and last is None:
         return None
-    training, hook = model.training, model.base_model.register_forward_hook(magnify)
+    training, hook = model.training, last.register_forward_pre_hook(magnify_inputs) if inside else model.base_model.register_forward_hook(magnify)
     model.eval()
     try:
-        scores, hidden = scores_of(model(**probe(model))), model.base_model(**probe(model)).last_hidden_state
-        near = dict(rtol=1e-3, atol=1e-3 * float(scores.abs().max()))
-        return next((name for name in names if torch.allclose(score(model, name, hidden), scores.float(), **near)), None)
+        scores = scores_of(model(**probe(model)))
     finally:
         hook.remove()
-        model.train(training)
+    with left_out(last) if inside else nullcontext():
+        out = model.base_model(**probe(model))
+    hidden = (scores_of(out) if inside else out.last_hidden_state) * 100
+    model.train(training)
+    near = dict(rtol=1e-3, atol=1e-3 * float(scores.abs().max()))
+    return next((Head(name, inside) for name in names if torch.allclose(score(model, name, hidden), scores.float(), **near)), None)
 
 
 def score(model, name, hidden_bld):

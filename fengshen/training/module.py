@@ -36,7 +36,7 @@ from ..utils.kernels.compile import compile_blocks, uncompiled
 from ..utils.kernels.float8 import use_float8, why_not_float8
 from ..utils.kernels.four_bit import four_bit_forms
 from ..utils.kernels.head_loss import head_loss, why_not_fused
-from ..utils.kernels.loss import chunked_loss
+from ..utils.kernels.loss import chunked_loss, left_out
 from ..utils.resources import fetch
 
 # %% ../../nbs/api/training/module.ipynb #4497c5f3
@@ -301,7 +301,8 @@ def training_step(self: LanguageModelModule, batch, batch_idx):
         loss_sum, second_sum = self.losses(batch)
     if second_sum is not None:
         loss_sum = loss_sum + second_sum * (self.totals.labels / self.totals.second)
-    self.totals.add(loss_sum, batch["tokens"], batch["input_ids"].numel(), len(batch.get("unlabelled", ())))
+    computed = sum(batch[name].numel() for name in ("input_ids", "decoder_input_ids") if name in batch)
+    self.totals.add(loss_sum, batch["tokens"], computed, len(batch.get("unlabelled", ())))
     return loss_sum * (self.loss_scale() / self.totals.labels + finite_or_nan(loss_sum))
 
 
@@ -322,7 +323,7 @@ def token_loss(
     "Loss summed over the labelled tokens of one micro-batch; 0 when there are none."
     out = self.run_model(batch) if out is None else out
     if self.plain_head:
-        states, head = out.last_hidden_state, self.model.get_submodule(self.head)
+        states, head = scores_of(out) if self.head.inside else out.last_hidden_state, self.model.get_submodule(self.head.name)
     else:
         states, head = scores_of(out), nn.Identity()
     labels, count = batch["labels"].reshape(len(states), -1), batch.get("num_labels")
@@ -336,7 +337,8 @@ def run_model(self: LanguageModelModule, batch):
     "The output of the model's body, or of the whole model where scores of tokens or a second loss need it."
     second, inputs = KINDS[self.kind].second, kind_inputs(self.kind, batch, self.model.config, self.attention)
     body = self.plain_head and (second is None or second.states is not None)
-    return (self.model.base_model if body else self.model)(**inputs)
+    with left_out(self.model.get_submodule(self.head.name)) if body and self.head.inside else nullcontext():
+        return (self.model.base_model if body else self.model)(**inputs)
 
 
 @patch
@@ -361,7 +363,7 @@ def check_head(self: LanguageModelModule):
     if not self.plain_head:
         choice("loss", "full logits", "this model's scores are not a head applied to the last state")
         return
-    obstacle = "its loss is not cross_entropy" if self.loss_fn is not cross_entropy else why_not_fused(self.model.get_submodule(self.head))
+    obstacle = "its loss is not cross_entropy" if self.loss_fn is not cross_entropy else why_not_fused(self.model.get_submodule(self.head.name))
     self.fused_head = not obstacle
     choice("loss", "with the head, a chunk after the other" if obstacle else "in one with the head", obstacle or "cross entropy behind a linear head")
 

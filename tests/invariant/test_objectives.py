@@ -103,7 +103,7 @@ def test_the_loss_of_pretraining_is_berts(tokenizer, plain):
     with seeded(0):
         model = BertForPreTraining(BertConfig(vocab_size=len(tokenizer), **SMALL))
     module = module_of(model, "pretraining")
-    assert module.head == "cls.predictions"
+    assert module.head.name == "cls.predictions"
     module.plain_head = plain
     tokens, second = module.losses(batch)
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "token_type_ids")}
