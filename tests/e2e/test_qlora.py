@@ -15,7 +15,7 @@ from fengshen.models.lora import LoRAConfig, add_lora
 from fengshen.training.checkpoint import checkpoints
 from fengshen.training.export import build, export, open_source, write_model
 from fengshen.utils.kernels.four_bit import use_four_bits
-from tests.training_runs import back_to, fit_here, here, series, tiny_config
+from tests.training_runs import apart, back_to, fit, fit_here, here, series, tiny_config
 
 LORA = {"model.lora.r": 4, "model.lora.alpha": 16, "model.lora.quantize": "nf4", "model.optimizer.lr": 1e-2, "trainer.max_steps": 4,
         "checkpoint.every_n_steps": 2, "checkpoint.keep": 9}
@@ -110,3 +110,15 @@ def test_what_it_does_not_go_together_with_is_refused(config, tmp_path, monkeypa
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ImportError, match=r"pip install 'fengshen\[qlora\]'"):
         here(*words, "--trainer.strategy=auto")
+
+
+@pytest.mark.parametrize("config", ["gpt2"], indirect=True)
+@pytest.mark.slow
+def test_two_processes_train_the_same_adapter(config, tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    settings = LORA | {"model.config": config, "trainer.accelerator": "cpu"}
+    one = fit_here(tmp_path / "one", **settings, **{"data.micro_batch": 8})
+    two = fit(tmp_path / "two", launcher=launcher, **settings, **{"data.micro_batch": 4, "trainer.strategy": "ddp", "trainer.devices": 2})
+    assert apart(series(two, "loss"), series(one, "loss")) < 1e-5
+    a, b = (state(checkpoints(r)[-1])["state_dict"] for r in (one, two))
+    assert all(torch.equal(a[n], t) if t.dtype == torch.uint8 else torch.allclose(a[n], t, atol=1e-4) for n, t in b.items())
