@@ -1,9 +1,11 @@
 """Processes that Ray starts: the same run as one process, a way out with our message when one fails, and a signal that saves."""
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -45,23 +47,34 @@ class Broken(LanguageModelModule):
         raise KeyError("nobody")
 
 
+class Killed(LanguageModelModule):
+    "A module that the system ends on one of the workers."
+
+    def setup(self, stage):
+        os.kill(os.getpid(), signal.SIGKILL) if os.environ["RANK"] == "1" else super().setup(stage)
+
+
 def with_ray(folder, name, **more):
     "The words of a run of two workers."
     return ["fit", "--engine", "ray", "-c", "demo", *flags({"export": False, "run_dir": str(folder / name)} | settings(folder, **TWO | {"model.samples": 0} | more))]
 
 
-def left_over():
-    "Ray's processes that were not there when the tests began."
-    return [line for line in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout.splitlines() if "raylet/raylet" in line or line.startswith("ray::")]
+def alive(mark):
+    "Processes with this word in their environment."
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            found += [path.parent.name] if mark.encode() in path.read_bytes() else []
+    return found
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("strategy", ["ddp", "zero3"])
 def test_two_workers_are_one_process(folder, strategy):
-    before = left_over()
+    mark = f"{os.getpid()}-{strategy}"
     whole = fit_here(folder / f"whole-{strategy}", **settings(folder, **{"data.micro_batch": 8, "trainer.val_check_interval": STEPS}))
-    done = cli(*with_ray(folder, strategy, **{"trainer.strategy": strategy}), cwd=folder)
+    done = cli(*with_ray(folder, strategy, **{"trainer.strategy": strategy}), cwd=folder, FENGSHEN_TEST=mark)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     run = folder / strategy
     assert [r["step"] for r in read(run)] == list(range(1, STEPS + 1)), "one record, written by one process"
@@ -69,13 +82,16 @@ def test_two_workers_are_one_process(folder, strategy):
         assert apart(series(run, key, split), series(whole, key, split)) < most, key
     assert weights_apart(weights(run), weights(whole)) < 1e-5
     assert "workers = 2: " in done.stdout and done.stdout.count("run folder") == 1 and "ray::" not in done.stdout + done.stderr, done.stdout
-    assert left_over() == before and not (folder / f"{strategy}.ray").exists()
+    end = time.monotonic() + 120
+    while alive(mark) and time.monotonic() < end:
+        time.sleep(0.5)
+    assert not alive(mark) and not (folder / f"{strategy}.ray").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_refusal_and_a_lost_worker(folder):
-    "A worker's refusal is our line; so is a worker that is killed; more workers than there are CPUs are refused at once. One Ray for all three, which is left alone."
+def test_what_goes_wrong_on_a_cluster_is_one_line(folder):
+    "More workers than CPUs, a refusal, a mistake, a kill: one Ray for all, which was there before and is left alone."
     import ray
 
     with pytest.MonkeyPatch.context() as patch:
@@ -93,6 +109,8 @@ def test_a_refusal_and_a_lost_worker(folder):
             status, _, err = here(*with_ray(folder, "broken", **{"module": "tests.distributed.test_ray.Broken"}))
             assert status == 1 and "KeyError" in err and "error-" in err and err.count("\n") == 1, err
             assert "KeyError: 'nobody'" in next((folder / "broken").glob("error-*.txt")).read_text()
+            status, _, err = here(*with_ray(folder, "killed", **{"module": "tests.distributed.test_ray.Killed"}))
+            assert status == 1 and "worker 1 was lost" in err and err.count("\n") == 1, err
             assert ray.is_initialized()
         finally:
             ray.shutdown()
@@ -102,7 +120,7 @@ def test_a_refusal_and_a_lost_worker(folder):
 @pytest.mark.timeout(900)
 def test_a_signal_saves_and_another_engine_goes_on(folder):
     "SIGTERM to the process that was started by hand: the workers save after a step, exit code 75, and one process ends what two workers of Ray began."
-    more = {"trainer.max_steps": 4000, "model.schedule.kind": "constant"}
+    more = {"trainer.max_steps": 4000, "model.schedule.kind": "constant_with_warmup"}
     log = open(folder / "stopped.log", "w")
     process = subprocess.Popen([sys.executable, "-m", "fengshen.cli.main", *with_ray(folder, "stopped", **more)], cwd=folder, env=environment(), stdout=log, stderr=log)
     run, end = folder / "stopped", time.monotonic() + 600
