@@ -188,13 +188,14 @@ def fit(out, words):
     finally:
         if torch.cuda.is_available():
             peaks = dict(reserved=torch.cuda.max_memory_reserved(), allocated=torch.cuda.max_memory_allocated())
-            Path(out).write_text(json.dumps({f"{name}_gib": round(value / 2**30, 2) for name, value in peaks.items()}))
+            facts = dict(device=torch.cuda.get_device_name(), torch=torch.__version__)
+            Path(out).write_text(json.dumps({f"{name}_gib": round(value / 2**30, 2) for name, value in peaks.items()} | facts))
     sys.stdout.flush()
     os._exit(status)  # compiled workers take their time to end
 
 
 def words_of(row, data, folder, smoke):
-    """The command line of one of ours."""
+    """The command line of one of ours; `tiny`, where a row has it, are settings of its smoke run."""
     pretrain = row["recipe"].startswith("pretrain")
     tokenizer = {"pretrain_bert": "bert", "pretrain_megatron_bert": "bert", "pretrain_t5": "t5"}.get(row["recipe"], "gpt2")
     flags = {
@@ -228,6 +229,7 @@ def words_of(row, data, folder, smoke):
             if pretrain
             else {"global_batch": 2 * min(row["accumulate"], 2), "data.micro_batch": 2, "trainer.accumulate_grad_batches": min(row["accumulate"], 2)}
         )
+        flags |= row.get("tiny", {})
     return ["-c", row["recipe"], *[f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in flags.items()]]
 
 

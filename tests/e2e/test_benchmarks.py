@@ -63,3 +63,83 @@ def test_the_gpu_table_compares_medians_with_the_best_peer(gpu, tmp_path):
     cells = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in gpu.table(tmp_path / "rows.jsonl").splitlines() if line.startswith("| ")}
     assert cells["ours"][3:6] == ["200", "1.25", "2.00"]
     assert cells["stock"][3] == "100" and cells["broken"][3] == "out of memory"
+
+
+@pytest.fixture
+def curves(root, monkeypatch):
+    "The module behind `python benchmarks/curves.py`."
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    return importlib.import_module("curves")
+
+
+def test_the_ways_of_a_curve_differ_in_nothing_that_moves_the_loss(curves):
+    "Rows and rate of a step, dropout and length of the run are the same whatever fits on the device at once."
+    for which, found in curves.SETS.items():
+        rows = {way: curves.row_of(which, way) for way in curves.WAYS}
+        assert all(row["rows"] * row["accumulate"] == found["rows"] == row["flags"]["global_batch"] for row in rows.values())
+        same = ("model.config", "model.optimizer.lr", "model.schedule.warmup_steps", "trainer.max_steps")
+        assert len({json.dumps([row["flags"][key] for key in same]) for row in rows.values()}) == 1
+        assert set(curves.NO_DROPOUT.items()) <= set(rows["fp8"]["flags"]["model.config"].items())
+        words = curves.gpu.words_of(rows["zero3_offload"], "DATA", "RUN", False)
+        assert f"--global_batch={found['rows']}" in words and "--trainer.strategy=zero3_offload" in words
+
+
+def test_the_table_of_curves_says_how_far_each_is_from_plain(curves, tmp_path):
+    "Steps before the eleventh do not count; other data, too few steps and a failure are said instead; a failure does not hide an older curve."
+    plain = [3.0] * 12
+    ways = dict(plain=plain, fast=[9.0] * 10 + [3.03, 3.0], zero2=plain[:5], zero3_offload=plain, fp8=[])
+    rows = [dict(name=way, set="110m", steps=len(x), losses=x, tokens=[7] * len(x)) for way, x in ways.items()]
+    rows[3]["tokens"] = [7] * 11 + [8]
+    rows[4]["error"] = "no | 8 bits"
+    rows.append(rows[1] | dict(steps=0, losses=[], tokens=[], error="out of memory"))
+    file = tmp_path / "curves.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cells = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in curves.table(file).splitlines() if line.startswith("| ")}
+    assert cells["fast"][5:7] == ["0.500%", "1.000%"] and cells["plain"][4:7] == ["", "", ""]
+    assert "fewer than 11 steps" in cells["zero2"][9] and "other data" in cells["zero3_offload"][9] and "no / 8 bits" in cells["fp8"][9]
+    curves.plot(file, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    with pytest.raises(SystemExit, match="no way fits"):
+        curves.chosen(["fp16"])
+
+
+@pytest.mark.slow
+def test_a_curve_at_a_tiny_size(curves, tmp_path):
+    "A run's losses, norms and tokens are in its row; 8-bit products are a row that says why there is none on a CPU."
+    done = subprocess.run([sys.executable, curves.__file__, "--smoke", "--steps", "3", "--only", "fast", "fp8", "--out", tmp_path / "rows.jsonl"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    fast, fp8 = (json.loads(line) for line in (tmp_path / "rows.jsonl").read_text("utf8").splitlines())
+    assert "error" not in fast and [len(fast[key]) for key in ("losses", "grad_norms", "tokens")] == [3, 3, 3]
+    assert fast["tokens"] == [4 * 32] * 3 and all(abs(loss - np.log(4096)) < 0.3 for loss in fast["losses"])
+    assert fp8["losses"] == [] and "8 bits" in fp8["error"]
+
+
+@pytest.fixture
+def attention(root, monkeypatch):
+    "The module behind `python benchmarks/attention.py`."
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    return importlib.import_module("attention")
+
+
+def test_a_contender_that_is_wrong_is_not_timed(attention, monkeypatch):
+    "One that sees other documents, one without dropout, one whose dropout does not scale; ours is right on each kind of rows."
+    found = attention.SHAPES["gpt2_110m"] | attention.TINY | dict(heads=4)
+    lengths = np.array([20, 48, 31, 7, 40])
+    for kind, name in (("packed", "loop"), ("whole", "loop"), ("padded", "mask_math")):
+        shape = found | dict(kind=kind)
+        case = attention.Case(shape, lengths)
+        assert sum(case.lengths) == 96 * (2 if kind == "padded" else 3) // 3
+        rows = [attention.measure(name, shape, case, case.reference(), dropout, 1) for dropout in attention.DROPOUTS]
+        assert all("ms" in row and row["error_query"] < 1e-5 for row in rows), rows
+    case = attention.Case(found, lengths)
+    right, want = attention.loop(case), case.reference()
+
+    def leaking(*qkv, dropout):
+        q, k, v = (x.transpose(0, 1) for x in qkv)
+        return attention.F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(0, 1)
+
+    wrong = dict(leaking=leaking, without=lambda *qkv, dropout: right(*qkv, dropout=0.0), unscaled=lambda *qkv, dropout: right(*qkv, dropout=dropout) * (1 - dropout))
+    for name, told in dict(leaking="from float32", without="drops nothing", unscaled="scales what it keeps to 0.").items():
+        monkeypatch.setitem(attention.CONTENDERS, "loop", lambda case, name=name: wrong[name])
+        row = attention.measure("loop", found, case, want, 0.1, 1)
+        assert told in row["error"] and "ms" not in row
