@@ -24,6 +24,7 @@ from .module import follow_schedule
 from ..utils.core import patch, say
 from ..utils.device import host_memory, memory, peak_flops, seeded
 from ..utils.kernels.adamw import MasterAdamW
+from ..utils.kernels.compile import has_compiled
 
 # %% ../../nbs/api/training/callbacks.ipynb #1679091c
 def at_step_end(trainer, batch_idx) -> bool:
@@ -142,11 +143,10 @@ def run_settings(
 ) -> dict:
     "Arguments of `estimate` for a run that is going on."
     strategy, data, optimizer = trainer.strategy, trainer.datamodule, trainer.optimizers[0]
-    compiled = any(getattr(block, "_compiled_call_impl", None) is not None for block in module.model.modules())
     return dict(
         config=copy.deepcopy(module.model.config), auto=getattr(auto_classes, KINDS[module.kind].auto), strategy=strategy if hasattr(strategy, "zero") else "ddp" if trainer.world_size > 1 else "auto",
         micro_batch=data.micro_batch, length=data.row_length, processes=trainer.world_size, nodes=trainer.num_nodes, precision=str(trainer.precision), attention=module.attention,
-        checkpointing=bool(module.gradient_checkpointing), compiled=compiled, lora=module.lora, chunk=2048 if module.plain_head else None,
+        checkpointing=bool(module.gradient_checkpointing), compiled=has_compiled(module.model), lora=module.lora, chunk=2048 if module.plain_head else None,
         optimizer=("host_adamw" if optimizer.host else "master_adamw") if isinstance(optimizer, MasterAdamW) else "fused_adamw", activation_budget=getattr(module, "activation_budget", 1.0))
 
 

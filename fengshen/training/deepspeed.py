@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'OWNED', 'read_config', 'check_config', 'place_on_disk', 'AnyDeviceDeepSpeedStrategy', 'to_universal',
-           'mend_optimizer', 'replay_steps', 'is_compiled', 'locks', 'announce_compile', 'register_strategies']
+           'mend_optimizer', 'replay_steps', 'gather_by_block', 'is_compiled', 'locks', 'announce_compile',
+           'register_strategies']
 
 # %% ../../nbs/api/training/deepspeed.ipynb #c81e728d
 import contextlib
@@ -273,6 +274,16 @@ def load_checkpoint(self: AnyDeviceDeepSpeedStrategy, checkpoint_path, weights_o
     if self.is_global_zero:
         shutil.rmtree(out)
     return state
+
+# %% ../../nbs/api/training/deepspeed.ipynb #a14d688a
+def gather_by_block(
+    model,  # A Hugging Face model, before DeepSpeed has seen it
+    blocks,  # Its transformer blocks
+):
+    "Under ZeRO-3 fetch the weights of a block as one, instead of layer by layer."
+    from deepspeed.utils import set_z3_leaf_modules
+
+    set_z3_leaf_modules(model, list({type(block) for block in blocks}))
 
 # %% ../../nbs/api/training/deepspeed.ipynb #b6d767d2
 def is_compiled(

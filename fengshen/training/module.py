@@ -26,7 +26,7 @@ from ..models.lora import LoRAConfig, add_lora
 from ..losses import cross_entropy
 from ..models.model_utils import OptimizerConfig, ScheduleConfig, make_optimizer, make_schedule
 from ..tokenizer.load import with_end
-from .deepspeed import announce_compile
+from .deepspeed import announce_compile, gather_by_block
 from .kinds import KINDS, attention_of, check_objective, check_target, find_head, kind_inputs, kind_of, positions_of, scores_of
 from .sixteen import Sixteen
 from ..utils.core import choice, explain, load_name, patch, say
@@ -69,7 +69,7 @@ class LanguageModelModule(pl.LightningModule):
         attention: str = "auto",  # auto, varlen, sdpa, eager, flex or flash_attention_2; auto takes the fastest the model can use
         lora: LoRAConfig | None = None,  # Train a low-rank adapter and freeze the rest; null: train everything
         gradient_checkpointing: bool | None = False,  # Recompute the blocks in the backward pass: a third more time, far less memory; null: where the memory asks for it, see global_batch
-        compile: bool | None = None,  # Compile each block; None: where it pays (an accelerator, packed rows, no ZeRO-3)
+        compile: bool | None = None,  # Compile each block; None: where it pays (an accelerator, rows of one shape)
         activation_budget: float = 1.0,  # Of compiled blocks: share of the activations that is kept for the backward pass; the rest is computed again, what costs least first
         fp8: str | None = None,  # Multiply the blocks' linear layers in 8 bits: tensorwise (fastest) or rowwise (finer); needs a GPU that does
         optimizer: OptimizerConfig = OptimizerConfig(),  # Kind, learning rate, weight decay, betas, eps
@@ -227,20 +227,20 @@ def prepare(
         if obstacle:
             raise ValueError(explain("products of 8 bits cannot be had here", self.fp8, "another GPU, or model.fp8 null", obstacle))
         choice("8-bit products", f"{use_float8(model, self.fp8)} linear layers, {self.fp8}", "asked for; validation is in 16 bits")
-    wanted, why = (self.compile_asked, "as asked") if self.compile_asked is not None else self.compile_reason(zero3)
+    wanted, why = (self.compile_asked, "as asked") if self.compile_asked is not None else self.compile_reason()
     if choice("compiled blocks", wanted, why):
-        compile_blocks(model, self.activation_budget)
+        found = compile_blocks(model, self.activation_budget, hooked=zero3)
+        if zero3:
+            gather_by_block(model, found)
     elif self.activation_budget != 1:
         say("model.activation_budget is not used: the blocks are not compiled; model.gradient_checkpointing saves memory without")
 
 
 @patch
-def compile_reason(self: LanguageModelModule, zero3):
+def compile_reason(self: LanguageModelModule):
     "Whether compiling the blocks pays here, and why."
     if device_kind() == "cpu":
         return False, "compiling for a CPU takes longer than it saves"
-    if zero3:
-        return False, "ZeRO-3 fetches weights inside the blocks, which makes compiled code slower"
     data = getattr(self._trainer, "datamodule", None)
     if not getattr(data, "one_shape", getattr(data, "packing", False)):
         return False, "padded batches change shape, and each shape would be compiled again"
