@@ -24,7 +24,7 @@ from ..models.generation import generate_batched
 from ..models.loading import config_from, fit_vocabulary, from_checkpoint, from_config, zero3_context
 from ..models.lora import LoRAConfig, add_lora
 from ..losses import cross_entropy
-from ..models.model_utils import OptimizerConfig, ScheduleConfig, make_optimizer, make_schedule
+from ..models.model_utils import OptimizerConfig, ScheduleConfig, check_range, make_optimizer, make_schedule
 from ..tokenizer.load import with_end
 from .deepspeed import announce_compile, gather_by_block
 from .kinds import KINDS, attention_of, check_objective, check_target, find_head, kind_inputs, kind_of, positions_of, scores_of
@@ -85,6 +85,7 @@ class LanguageModelModule(pl.LightningModule):
                                      "model.path (a checkpoint) or model.config (random weights), one of them", "set the other to null"))
         self.path, self.config, self.hub, self.attention_asked = path, config, hub, attention
         self.lora, self.gradient_checkpointing, self.compile_asked = lora, gradient_checkpointing, compile
+        check_range("model.activation_budget", activation_budget, 0 <= activation_budget <= 1, "a share from 0 to 1", "1 keeps everything, 0 keeps what a block starts from")
         self.activation_budget, self.fp8, self.sixteen = activation_budget, fp8, None
         self.optimizer_config, self.schedule_config = optimizer, schedule
         self.loss_fn = named(loss)
