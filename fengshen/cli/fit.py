@@ -137,7 +137,7 @@ def going_on(
         return None
     if overwrite and run_dir.resolve() in checkpoint.resolve().parents:
         raise ValueError(explain("the checkpoint lies in the folder that would be deleted", str(checkpoint), "--overwrite false", "leave --overwrite out to go on in the same folder"))
-    take_up(checkpoint, read_manifest(checkpoint), cli.trainer, cli.datamodule, settings, cli.config["accept_changes"])
+    take_up(checkpoint, read_manifest(checkpoint), cli.trainer, cli.datamodule, settings, cli.config["accept_changes"], cli.unsaid)
     return checkpoint
 
 

@@ -81,11 +81,15 @@ def flat(
 def differences(
     old,  # Settings of the saved run, nested
     new,  # Settings of this one
+    unsaid=None,  # Called with keys that the saved run does not have; returns {key: value}, as if nobody had named them
 ) -> dict:
     "{key: (saved, now)} of the settings that make another run."
     old, new = flat(old), flat(new)
     changed = [k for k in sorted(old | new) if old.get(k) != new.get(k) and not any(fnmatch(k, pattern) for pattern in FREE)]
-    return {k: (old.get(k), new.get(k)) for k in changed}
+    if unsaid and any(k not in old for k in changed):
+        late = new.keys() - old.keys()
+        old |= {k: v for k, v in unsaid(late).items() if k in late}
+    return {k: (old.get(k), new.get(k)) for k in changed if old.get(k) != new.get(k)}
 
 # %% ../../nbs/api/training/resume.ipynb #caf71084
 def keep_global_batch(
@@ -270,6 +274,7 @@ def take_up(
     datamodule,  # The data module, with `micro_batch`
     settings,  # Effective settings, nested
     accept=False,  # Take changed settings over
+    unsaid=None,  # As `differences` has it
 ):
     "Prepare trainer and data to go on with a checkpoint; a `ValueError` when it belongs to another run."
     if manifest["kind"].endswith("_nvme"):
@@ -280,7 +285,7 @@ def take_up(
         raise ValueError(explain("the checkpoint was written by another kind of strategy", names.get(kind_of(trainer), kind_of(trainer)),
                                  names.get(manifest["kind"], manifest["kind"]), "set trainer.strategy back, or start a new run from the checkpoint's export (model.path)"))
     path = Path(checkpoint) / "run.yaml"
-    changed = differences(yaml.safe_load(path.read_text("utf8")), settings) if path.exists() else {}
+    changed = differences(yaml.safe_load(path.read_text("utf8")), settings, unsaid) if path.exists() else {}
     world, cut = trainer.num_devices * trainer.num_nodes, [k for k in BATCH if k in changed]
     now = world * trainer.accumulate_grad_batches * datamodule.micro_batch
     was = manifest["world_size"] * manifest["accumulate"] * manifest["micro_batch"]
