@@ -204,6 +204,15 @@ class Ask:
         way = dict(strategy=rate.strategy, checkpointing=rate.checkpointing, optimizer=rate.optimizer, compiled=compiled, activation_budget=rate.budget if compiled else 1.0)
         return self.settings | way | dict(processes=self.step.processes)
 
+    @property
+    def narrow(self) -> bool:
+        "Whether the base of an adapter lies in 4 bits."
+        return getattr(self.settings.get("lora"), "quantize", None) is not None
+
+    def opens(self, way) -> bool:
+        "Whether a strategy, or a change that names one, goes together with the base: DeepSpeed and 4 bits do not."
+        return not (self.narrow and "zero" in way)
+
     def fits(self, memory) -> bool:
         "Whether there is room for a Memory."
         return memory.device <= SPARE * self.card.gib * GIB and (self.host is None or memory.host <= self.host * GIB)
@@ -263,8 +272,8 @@ BEYOND = {
 def beyond(ask, rate) -> str:
     "What makes a misfit fit where no other way does, in words; empty where nothing helps."
     settings = ask.of(rate) | dict(micro_batch=1, length=ask.step.length)
-    gentle = lighter(settings, ask.fits)
-    last = ((change, estimate(**(settings | dict(compiled=False) | lever))) for change, lever in BEYOND.items())
+    gentle = [(change, memory) for change, memory in lighter(settings, ask.fits) if ask.opens(change)]
+    last = ((change, estimate(**(settings | dict(compiled=False) | lever))) for change, lever in BEYOND.items() if ask.opens(change))
     change, memory = gentle[0] if gentle else next(((change, memory) for change, memory in last if ask.fits(memory)), (None, None))
     return f"{change}: {size_text(memory.device)} a device" if change else "a smaller model, or shorter rows (data.max_length)"
 
@@ -341,6 +350,7 @@ NOTES = dict(
     projected="A projected speed carries a measured share of the peak over to another card or model; a link to the host slower than the H200's makes offload slower.",
     padded="Rows that change their shape are not compiled, and padding is computed too: slower than these speeds.",
     processes="What devices send each other is not in the speed.",
+    narrow="The speeds are those of a base in 16 bits; one in 4 bits has to be unpacked on the way, which was not measured.",
     none="No way fits this card.",
 )
 
@@ -348,7 +358,7 @@ NOTES = dict(
 def notes_of(rows, ask) -> list:
     "What to know when reading these rows."
     projected = any(row["fits"] and not row["source"].startswith("measured") for row in rows)
-    has = dict(projected=projected, padded=not ask.compiled, processes=ask.step.processes > 1, none=not any(row["fits"] for row in rows))
+    has = dict(projected=projected, padded=not ask.compiled, processes=ask.step.processes > 1, narrow=ask.narrow, none=not any(row["fits"] for row in rows))
     return [NOTES[name] for name, there in has.items() if there]
 
 
@@ -386,7 +396,9 @@ def plans(
     "Every way to train a model on a card, the fastest first."
     ask = ask_for(config, **wanted)
     rates = rates_for(ask.work.parameters, ask.step.processes, strategy, checkpointing, optimizer, ask.settings["precision"], ask.work.trained < ask.work.parameters, ask.fp8)
-    rates = [rate for rate in rates if ask.compiled or rate.budget == 1]
+    if ask.narrow:
+        ask.settings["lora"].building("zero" in str(strategy), ask.fp8)  # refuses what does not go together with it
+    rates = [rate for rate in rates if (ask.compiled or rate.budget == 1) and ask.opens(rate.strategy)]
     if not rates:
         raise ValueError(explain("nobody has measured this way of training", dict(strategy=strategy, checkpointing=checkpointing, optimizer=optimizer), "a way of fengshen.training.plans.RATES", "leave one of them open"))
     if ask.fp8 and not any(name in ask.card.name for name in EIGHT):

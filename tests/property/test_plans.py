@@ -11,6 +11,7 @@ from transformers import GPT2Config
 import fengshen
 from fengshen.cli.main import main
 from fengshen.cli.plan import wanted_by
+from fengshen.models.lora import LoRAConfig
 from fengshen.training.memory import GIB, estimate
 from fengshen.training.placement import SPARE
 from fengshen.training.plans import CARDS, RATES, Card, ask_for, card_of, plans, rates_for, scaled, share_of, speed, told, work_of
@@ -122,6 +123,23 @@ def test_products_of_8_bits_take_a_card_that_has_them():
         plans(SMALL, rows=8, length=64, card="a100", fp8=True)
 
 
+def test_a_base_of_4_bits_takes_less_and_goes_without_deepspeed():
+    "No way that the run would refuse is in the table, nor a change that leads to one."
+    shape = dict(model_type="gpt2", n_embd=512, n_layer=4, n_head=8)
+    narrow, wide = (LoRAConfig(r=8, quantize=quantize) for quantize in ("nf4", None))
+    for devices in (1, 4):
+        wanted = dict(rows=8, length=64, devices=devices)
+        found, whole = (plans(shape, card=24, lora=lora, **wanted) for lora in (narrow, wide))
+        assert {row["strategy"] for row in found.rows} == {"auto"} and len({row["strategy"] for row in whole.rows}) > 1
+        need = {(row["optimizer"], row["checkpointing"], row["budget"], row["micro_batch"]): row["device_gib"] for row in whole.rows if row["strategy"] == "auto"}
+        assert all(row["device_gib"] < need[row["optimizer"], row["checkpointing"], row["budget"], row["micro_batch"]] for row in found.rows)
+        assert any("4 bits" in note for note in found.notes) and not any("4 bits" in note for note in whole.notes)
+        assert not any("zero" in row["change"] for row in plans(shape, card=0.01, lora=narrow, **wanted).rows)
+    for given, said in (dict(strategy="zero2", devices=2), "set trainer.strategy"), (dict(fp8=True), "set model.fp8"):
+        with pytest.raises(ValueError, match=said):
+            plans(shape, card="h100", rows=8, length=64, lora=narrow, **given)
+
+
 @pytest.fixture
 def model(tmp_path):
     "The path of a small model's configuration."
@@ -139,6 +157,9 @@ def test_the_terminal_says_what_python_says(model, capsys):
     assert main([*words, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(found.as_dict()))
     assert found._repr_html_().count("<tr>") == 2 + len(found.rows) + len(found.memory.rows())
+    narrow = [*words, "--lora", "8", "--quantize", "nf4", "--json"]
+    assert main(narrow) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(fengshen.plan(model, card=2, rows=8, length=64, lora=8, quantize="nf4").as_dict()))
     assert main(["plan", "--model", model, "--gib", "0.001", "--rows", "8", "--length", "64"]) == 1
     assert "does not fit" in capsys.readouterr().out
 
@@ -147,6 +168,7 @@ def test_the_terminal_says_what_python_says(model, capsys):
     (["--gib", "24"], "one recipe or one model"), (["--model", "MODEL", "-c", "demo"], "one recipe or one model"), (["--model", "MODEL", "--card", "h1000"], "did you mean 'h100'"),
     (["--model", "MODEL", "--gib", "0"], "a card has memory"), (["--model", "MODEL", "--gib", "24", "--rows", "3", "--devices", "2"], "cannot be shared by the processes"),
     (["--model", "MODEL", "--gib", "24", "--micro_batch", "3", "--rows", "8"], "cannot be cut into micro-batches"), (["--model", "nowhere/config.json", "--gib", "24"], "nowhere/config.json"),
+    (["--model", "MODEL", "--gib", "24", "--quantize", "nf4"], "only the base of an adapter"), (["--model", "MODEL", "--gib", "24", "--lora", "8", "--quantize", "nf3"], "expected nf4"),
     (["--model", "MODEL", "--gib", "24", "--strategy", "fsdp"], "nobody has measured"), (["-c", "demoo", "--gib", "24"], "did you mean 'demo'"),
 ])
 def test_what_cannot_be_planned_is_refused_in_a_line(words, wrong, model, capsys):
