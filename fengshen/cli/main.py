@@ -127,7 +127,7 @@ def _generate(args):
     given = parser.add_mutually_exclusive_group(required=True)
     given.add_argument("--prompt", action="append", help="text to continue; may be given several times")
     given.add_argument("--prompts", help="a file with a prompt a line, or a .jsonl file of strings or objects with the key prompt; needs --out")
-    parser.add_argument("--out", help="with --prompts: the .jsonl file for prompts and texts")
+    parser.add_argument("--out", help="with --prompts: the .jsonl file for prompts and texts; until all are done, OUT.part has those that are")
     parser.add_argument("--max_new_tokens", type=int, default=128, help="longest continuation, in tokens")
     parser.add_argument("--top_p", type=float, default=None, help="sample from the most likely tokens of this total probability; without it the answer is greedy")
     parser.add_argument("--seed", type=int, default=42, help="seed of the sampling")

@@ -13,6 +13,7 @@ import inspect
 import zlib
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -283,6 +284,7 @@ def continue_ids(
     budget=None,  # Tokens of a batch (rows, times the longest prompt with what it may write); None: by the device's memory
     cache="auto",  # auto (static on an accelerator), static or dynamic
     compile=None,  # Compile the step of a static cache; None: on an accelerator, where the list is long enough
+    done=None,  # Called after every batch with the numbers of its prompts and their [ids]
     **settings,  # Others of `model.generate`, such as synced_gpus, num_beams; do_sample, temperature and top_k count for these draws
 ) -> list:
     "[ids] of the continuations in the order of the prompts, an end included: greedily those that each would get alone."
@@ -299,20 +301,23 @@ def continue_ids(
     static = cache_of(model, cache, settings, tell)
     compiled = compile_of(model, compile, static, sum(group.new for group in plan(False)), tell)
     groups = plan(compiled)
-    found = run(Writer(model, ids, pad, static, compiled, settings), groups, shapers, seeds_of(ids, seed))
+    found = run(Writer(model, ids, pad, static, compiled, settings), groups, shapers, seeds_of(ids, seed), done)
     say_cut(found, groups, max_new_tokens, context, stops)
     return found
 
 
-def run(writer, groups, shapers, seeds) -> list:
+def run(writer, groups, shapers, seeds, done=None) -> list:
     "Every batch, with a bar where it takes long; the model is in evaluation mode meanwhile."
     found, training = [None] * len(writer.ids), writer.model.training
     writer.model.eval()
     try:
         with tqdm(total=len(found), desc="generating", unit=" prompts", delay=3, leave=False, disable=not is_main_process()) as bar:
             for group in groups:
-                for i, row in zip(group.rows, writer.write(group, shapers, seeds)):
+                written = writer.write(group, shapers, seeds)
+                for i, row in zip(group.rows, written):
                     found[i] = row
+                if done:
+                    done(group.rows, written)
                 bar.update(len(group.rows))
     finally:
         writer.model.train(training)
@@ -330,11 +335,13 @@ def generate_batched(
     tokenizer,  # The tokenizer that belongs to it
     prompts,  # Texts; or lists of token ids
     max_new_tokens=128,  # Longest continuation, in tokens
+    done=None,  # Called after every batch with the numbers of its prompts and their texts
     **options,  # As `continue_ids` has them: top_p, seed, budget, cache, compile, stops, and settings of `model.generate`
 ) -> list:
     "The continuations in the order of the prompts, without the prompts and without special tokens."
     two = model.config.is_encoder_decoder
     ids = [tokenizer(p, add_special_tokens=two)["input_ids"] if isinstance(p, str) else list(p) for p in prompts]
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    found = continue_ids(model, ids, max_new_tokens, **dict(stops=stops(model, tokenizer), pad=pad) | options)
-    return tokenizer.batch_decode(found, skip_special_tokens=True)
+    texts = partial(tokenizer.batch_decode, skip_special_tokens=True)
+    hand_over = done and (lambda rows, found: done(rows, texts(found)))
+    return texts(continue_ids(model, ids, max_new_tokens, **dict(stops=stops(model, tokenizer), pad=pad, done=hand_over) | options))

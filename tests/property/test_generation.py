@@ -13,7 +13,7 @@ from transformers import CompileConfig
 from fengshen.cli.main import main
 from fengshen.models.generation import Group, continue_ids, generate_batched, groups_of, may_pad, rounded, stops
 from fengshen.models.roformer import RoFormerConfig, RoFormerForCausalLM
-from fengshen.pipelines.generate import read_prompts
+from fengshen.pipelines.generate import generate_file, read_prompts
 from fengshen.tokenizer import load_tokenizer
 from fengshen.utils.device import seeded
 
@@ -176,6 +176,31 @@ def test_a_line_that_is_no_prompt_is_named(tmp_path, line, wrong):
     (tmp_path / "asked.jsonl").write_text('"问"\n' + line, "utf8")
     with pytest.raises(ValueError, match=wrong):
         read_prompts(tmp_path / "asked.jsonl")
+
+
+def test_a_crash_loses_only_what_is_not_done(folder, tmp_path, capsys):
+    "Every batch before the fault is in OUT.part, with its place; the next start puts it aside, and ends with all in order and no part."
+    records, out = [dict(prompt="头" * n, id=n, at="mine") for n in (3, 9, 1, 5)], tmp_path / "texts.jsonl"
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), "utf8")
+    model, tokenizer = stock.GPT2LMHeadModel.from_pretrained(folder), load_tokenizer(str(folder))
+    write, calls = model.generate, []
+
+    def faulty(*args, **kwargs):
+        calls.append(kwargs)
+        if len(calls) == 3:
+            raise MemoryError("planted")
+        return write(*args, **kwargs)
+
+    model.generate = faulty
+    again = dict(max_new_tokens=4, budget=1)
+    with pytest.raises(MemoryError, match="planted"):
+        generate_file((model, tokenizer), tmp_path / "asked.jsonl", out, **again)
+    part = [json.loads(line) for line in (tmp_path / "texts.jsonl.part").read_text("utf8").splitlines()]
+    alone = [generate_batched(model, tokenizer, [r["prompt"]], 4)[0] for r in records]
+    assert [row["at"] for row in part] == [1, 3] and all(row["text"] == alone[row["at"]] and row["id"] == records[row["at"]]["id"] for row in part)
+    assert generate_file((model, tokenizer), tmp_path / "asked.jsonl", out, **again) == 4
+    assert [json.loads(line) for line in out.read_text("utf8").splitlines()] == [r | dict(text=text) for r, text in zip(records, alone)]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["asked.jsonl", "texts.jsonl", "texts.jsonl.part.aside"] and "did not end" in capsys.readouterr().out
 
 
 def test_a_file_of_prompts_needs_a_file_of_texts(folder, tmp_path, capsys):
