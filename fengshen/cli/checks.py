@@ -510,9 +510,8 @@ def settings_of(case) -> dict:
     if case.has("tokenizer"):
         config.vocab_size = max(config.vocab_size, len(case.tokenizer))
     strategy = trainer.strategy if hasattr(trainer.strategy, "zero") else strategy_name(case)
-    stage3 = getattr(trainer.strategy, "zero", {}).get("stage") == 3
     one_shape = case.data.packing or bool(corpora_of(case))
-    compiled = module.compile_asked if module.compile_asked is not None else not on_cpu(case) and one_shape and not stage3
+    compiled = module.compile_asked if module.compile_asked is not None else not on_cpu(case) and one_shape
     kind = module.optimizer_config.kind
     optimizer = "fused_adamw" if kind == "auto" and on_cpu(case) else kind
     return dict(optimizer=optimizer, activation_budget=module.activation_budget, auto=auto_of(case), config=config, strategy=strategy, micro_batch=case.data.micro_batch, length=case.data.row_length, processes=trainer.world_size, nodes=trainer.num_nodes,

@@ -102,8 +102,7 @@ def plan(
         return Plan(strategy or "auto", bool(checkpointing), rows, f"a CPU, where {rows} x {step.length:,} tokens at once keep activations small")
     possible, smallest = [], None
     for name, again in candidates(step.processes, strategy, checkpointing):
-        compiled = settings.get("compiled", False) and not name.startswith("zero3")  # whose blocks are not
-        rows, need = largest(step, SPARE * room, settings | dict(strategy=name, checkpointing=again, processes=step.processes, compiled=compiled), micro_batch)
+        rows, need = largest(step, SPARE * room, settings | dict(strategy=name, checkpointing=again, processes=step.processes), micro_batch)
         smallest = min(need, smallest or need)
         found = Plan(name, again, rows, f"{size_text(need)} of {size_text(room)} a device")
         if rows == step.share or rows == micro_batch or rows * step.length >= BUSY:
