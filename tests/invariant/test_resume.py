@@ -127,31 +127,6 @@ def test_an_adapter_that_the_run_did_not_have_is_a_change():
     assert differences(without(now, {"model.lora", "model.config"}), now, cli.unsaid).keys() >= {"model.lora.r", "model.config"}
 
 
-def test_a_setting_that_is_younger_than_the_run_is_no_change_at_its_default(tmp_path):
-    "A run of an earlier version: its run.yaml lacks settings, plain ones and those of an adapter. At another value than the default they are refused by name."
-    given = settings(tmp_path, **{"checkpoint.every_n_steps": 2, "trainer.max_steps": 6, "model.lora.r": 4})
-    straight = fit_here(tmp_path / "straight", **given | {"checkpoint.keep": 99})
-    run = back_to(straight, 4, tmp_path)
-    of_then = run / "checkpoints" / "step-00000004" / "run.yaml"
-    saved = yaml.safe_load(of_then.read_text("utf8"))
-    del saved["model"]["activation_budget"], saved["model"]["lora"]["alpha"], saved["guards"]
-    of_then.write_text(yaml.safe_dump(saved), "utf8")
-    for changed, named in (({"model.activation_budget": 0.5}, "model.activation_budget was 1.0, is 0.5;"), ({"model.lora.alpha": 8}, "model.lora.alpha was 16, is 8;")):
-        status, out, err = here("fit", "-c", "demo", *flags(QUIET | {"run_dir": str(run), "trainer.strategy": "auto"} | given | changed))
-        assert status == 2 and f"got '{named[:-1]}'" in err, err
-    fit_here(run, **given)
-    assert record(run) == record(straight)
-
-
-def test_an_adapter_that_the_run_did_not_have_is_a_change():
-    "Also where all of its settings are those by default; and a setting without a default is a change."
-    cli = make_cli(*split_args(["-c", "demo", "--smoke", "--model.lora.r=8"]))
-    now = cli.effective()
-    then = without(now, {"model.lora", "data.max_length"}) | dict(model=now["model"] | dict(lora=None))
-    assert "model.lora.r" in differences(then, now, cli.unsaid) and "model.lora.r" in differences(now, then, cli.unsaid)
-    assert differences(without(now, {"model.lora", "model.config"}), now, cli.unsaid).keys() >= {"model.lora.r", "model.config"}
-
-
 def test_other_data_are_refused_and_taken_over_on_request(tmp_path):
     given = settings(tmp_path, **{"checkpoint.every_n_steps": 2, "trainer.max_steps": 6})
     run = back_to(fit_here(tmp_path / "straight", **given | {"checkpoint.keep": 99}), 4, tmp_path)

@@ -134,9 +134,9 @@ def test_a_base_of_4_bits_takes_less_and_goes_without_deepspeed():
         assert all(row["device_gib"] < need[row["optimizer"], row["checkpointing"], row["budget"], row["micro_batch"]] for row in found.rows)
         assert any("4 bits" in note for note in found.notes) and not any("4 bits" in note for note in whole.notes)
         assert not any("zero" in row["change"] for row in plans(shape, card=0.01, lora=narrow, **wanted).rows)
-    for given, said in (dict(strategy="zero2", devices=2), "set trainer.strategy"), (dict(fp8=True), "set model.fp8"):
+    for more, said in (dict(strategy="zero2", devices=2), "set trainer.strategy"), (dict(fp8=True), "set model.fp8"):
         with pytest.raises(ValueError, match=said):
-            plans(shape, card="h100", rows=8, length=64, lora=narrow, **given)
+            plans(shape, card="h100", rows=8, length=64, lora=narrow, **more)
 
 
 @pytest.fixture
