@@ -78,6 +78,7 @@ peer("hf_varlen", BIG, "gpt2_3b6", batch="flat", tuned=True)
 peer("trl_packed", BIG, "gpt2_3b6", trainer="trl", tuned=True)
 peer("hf_padded", BIG, "gpt2_3b6", batch="padded", rows=8, accumulate=2, compile=False, steps=16)
 ours("ours_80gb", BIG, "gpt2_3b6", states=MASTER, **FAST, **HALF)
+ours("ours_80gb_quarters", BIG, "gpt2_3b6", states=MASTER, **FAST, rows=1, accumulate=4, data__row_length=4096)
 ours("ours_80gb_budget", BIG, "gpt2_3b6", states=MASTER, **FAST, **LONG, model__activation_budget=0.5)
 ours("ours_mixed", BIG, "gpt2_3b6", states=MIXED, **FAST, model__optimizer__kind="fused_adamw")
 ours("ours_zero2", BIG, "gpt2_3b6", states="ZeRO-2", trainer__strategy="zero2")
@@ -137,6 +138,8 @@ for name, model, recipe, batch, rows in (
 ):
     group = f"{model}: {recipe} from a tokenised corpus, {rows} rows"
     ours(name, group, model, recipe, rows=rows, states=MASTER, **SHORT)
+    if name != "t5":
+        ours(f"{name}_fp8", group, model, recipe, rows=rows, states="fp8 linears, " + MASTER, **SHORT, model__fp8="tensorwise")
     peer(f"{name}_hf", group, model, batch=batch, rows=rows, steps=30)
     peer(f"{name}_hf_eager", group, model, batch=batch, rows=rows, steps=30, compile=False)
 
