@@ -348,7 +348,7 @@ NOTES = dict(
     projected="A projected speed carries a measured share of the peak over to another card or model; a link to the host slower than the H200's makes offload slower.",
     padded="Rows that change their shape are not compiled, and padding is computed too: slower than these speeds.",
     processes="What devices send each other is not in the speed.",
-    narrow="The speeds are those of a base in 16 bits; one in 4 bits has to be unpacked on the way, which was not measured.",
+    narrow="The speeds are those of a base in 16 bits; one in 4 bits has to be unpacked on the way, which takes time.",
     none="No way fits this card.",
 )
 
