@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SENTENCE', 'EDIT', 'DECODED', 'KINDS', 'UNPACKED', 'CANDIDATES', 'RESERVED', 'Second', 'order_loss', 'edits_loss',
-           'Kind', 'kind_of', 'kind_inputs', 'attention_of', 'Head', 'magnify', 'magnify_inputs', 'probe', 'scores_of',
-           'find_head', 'score', 'positions_of', 'check_target', 'check_objective']
+           'Kind', 'kind_of', 'kind_inputs', 'biased', 'attention_of', 'Head', 'magnify', 'magnify_inputs', 'probe',
+           'scores_of', 'find_head', 'score', 'positions_of', 'check_target', 'check_objective']
 
 # %% ../../nbs/api/training/kinds.ipynb #7e8b696f
 from contextlib import nullcontext
@@ -13,8 +13,10 @@ from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from ..utils.core import choice, explain, pick
+from ..utils.device import device_kind
 from ..utils.kernels.attention import FLASH, choose_attention, model_inputs
 from ..utils.kernels.loss import left_out
 
@@ -96,6 +98,13 @@ def kind_inputs(
 UNPACKED = {"auto": None, "sdpa": "sdpa", "eager": "eager", "flex": "flex_attention", FLASH: FLASH}
 
 
+def biased(
+    model,  # A Hugging Face model
+) -> bool:
+    "Whether its attention adds a learned bias to the scores, as T5's does."
+    return any(isinstance(getattr(m, "relative_attention_bias", None), nn.Embedding) for m in model.modules())
+
+
 def attention_of(
     name,  # Of the kind
     model,  # A Hugging Face model
@@ -106,6 +115,8 @@ def attention_of(
     if name == "causal":
         return choose_attention(model.config, asked, dtype)
     wanted = pick("attention", asked, UNPACKED)
+    if wanted is None and model.config._attn_implementation == "sdpa" and dtype != torch.float32 and device_kind() != "cpu" and biased(model):
+        return choice("attention", "eager", "its scores get a learned bias: torch has no fused kernel for that, and its plain one computes in float32")
     return choice("attention", model.config._attn_implementation, "the model's own") if wanted is None else choice("attention", wanted, "asked for")
 
 # %% ../../nbs/api/training/kinds.ipynb #31c45cc5

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from transformers import BertConfig, BertForPreTraining, BertTokenizer
+from transformers import BartConfig, BartForConditionalGeneration, BertConfig, BertForPreTraining, BertTokenizer, T5Config, T5ForConditionalGeneration
 
 from fengshen.data.batch import Batch
 from fengshen.data.cbart_dataloader.objective import Infill
@@ -14,7 +14,7 @@ from fengshen.data.mmap_dataloader.mmap_writer import write_mmap
 from fengshen.data.universal_datamodule import UniversalDataModule
 from fengshen.data.universal_datamodule.corrupted import Pairs
 from fengshen.models.bart import BartForTextInfill, BartTextInfillConfig
-from fengshen.training.kinds import find_head
+from fengshen.training.kinds import attention_of, find_head
 from fengshen.training.module import LanguageModelModule
 from fengshen.utils.device import seeded
 from tests.training_runs import apart, back_to, fit_here, flags, here, series, weights, weights_apart
@@ -184,3 +184,12 @@ def test_rows_can_be_looked_at_before_training(folder):
     assert here("data", "show", "-c", "demo", *words, "--sample", "100000")[0] == 1
     status, out, err = here("data", "show", "-c", "demo", *words, "--histogram")
     assert status == 2 and "--sample NUMBER" in err
+
+
+def test_scores_with_a_learned_bias_are_left_to_the_model(monkeypatch):
+    "On an accelerator in 16 bits; float32, another model, and what was asked for stay."
+    monkeypatch.setattr("fengshen.training.kinds.device_kind", lambda: "cuda")
+    small = dict(vocab_size=40, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    t5, bart = T5ForConditionalGeneration(T5Config(**small)), BartForConditionalGeneration(BartConfig(vocab_size=40, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16, decoder_ffn_dim=16))
+    ways = [(t5, "auto", torch.bfloat16), (t5, "auto", torch.float32), (t5, "sdpa", torch.bfloat16), (bart, "auto", torch.bfloat16)]
+    assert [attention_of("seq2seq", *way) for way in ways] == ["eager", "sdpa", "sdpa", "sdpa"]
