@@ -43,7 +43,7 @@ def test_every_row_says_where_it_is_from(root):
     for rate in RATES:
         assert 0 < rate.share < 1 and rate.where.startswith("derived: " if not rate.card else "benchmarks/results/")
         assert not rate.card or rate.card in {card.name for card in CARDS.values()} and (root / rate.where.partition(",")[0].partition(":")[0]).exists()
-        assert 0 < share_of(rate, 1e8) <= rate.share and share_of(rate, rate.parameters) == pytest.approx(rate.share)
+        assert 0 < share_of(rate, 1e8) <= rate.share * (1 + 1e-9) and share_of(rate, rate.parameters) == pytest.approx(rate.share)
     assert [rate.way for rate in rates_for(3e9, lora=True)] == [rate.way for rate in rates_for(3e9)]
     assert rates_for(3e9, lora=True, strategy="auto")[0].lora and not any(rate.fp8 for rate in rates_for(3e9)) and any(rate.fp8 for rate in rates_for(3e9, fp8=True))
     assert all(card.peak and card.gib > 10 for card in CARDS.values())
