@@ -266,6 +266,8 @@ def place(
         found = plan(step, space, estimate_settings(config) if space else {}, strategy, model.get("gradient_checkpointing"), data["micro_batch"])
         trainer["strategy"] = choice("strategy", found.strategy, found.why) if strategy is None else strategy
         data["micro_batch"] = choice("micro_batch", found.micro_batch, found.why) if open_micro else data["micro_batch"]
+        if found.optimizer:
+            model["optimizer"]["kind"] = choice("optimizer", found.optimizer, found.why)
         if open_blocks:
             model["gradient_checkpointing"] = choice("gradient_checkpointing", found.checkpointing, found.why)
     trainer["accumulate_grad_batches"] = accumulation(step, data["micro_batch"], trainer["accumulate_grad_batches"])

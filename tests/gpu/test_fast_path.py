@@ -109,5 +109,7 @@ def test_fast_runs_learn_what_the_plain_one_learns(tmp_path):
     host, _ = losses(tmp_path / "host", config, **{"model.optimizer.kind": "host_adamw"})
     eight, said = losses(tmp_path / "eight", config, **{"model.fp8": "tensorwise"})
     assert "8-bit products = 8 linear layers" in said
-    assert plain[0] - plain[-1] > 1
+    sharded, said = losses(tmp_path / "zero3", config, **{"trainer.strategy": "zero3"})
+    assert "compiled blocks = True" in said
+    assert plain[0] - plain[-1] > 1 and (sharded - plain).abs().max() < 0.05
     assert (fast - plain).abs().max() < 0.05 and (host - fast).abs().max() < 0.05 and (eight - plain).abs().max() < 0.2

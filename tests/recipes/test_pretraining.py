@@ -86,15 +86,15 @@ def test_what_does_not_go_together_is_refused(words, wrong):
 
 
 def test_the_plan_follows_the_memory_of_the_devices(monkeypatch):
-    "A model of 1.6 billion: alone on a large card, over ZeRO or the host on small ones."
+    "A model of 1.6 billion: alone on a large card, its float32 weights on the host on a smaller one, all of it on the host on a small one, over ZeRO on eight."
     found = {}
-    for room, devices in ((140, 1), (24, 1), (24, 8)):
+    for room, devices in ((140, 1), (24, 1), (6, 1), (24, 8)):
         monkeypatch.setattr(lightning, "room", lambda: room * GIB)
         monkeypatch.setattr(lightning, "world_of", lambda trainer: devices)
         config = lightning_config("pretrain_llama", "--trainer.accelerator", "auto", "--global_batch", "64", "--data.max_length", "1024", "--trainer.precision", "bf16-mixed",
                                   "--model.config.hidden_size", "4096", "--model.config.num_hidden_layers", "8", "--model.config.intermediate_size", "11008")
-        found[room, devices] = config["trainer"]["strategy"], config["data"]["micro_batch"] * config["trainer"]["accumulate_grad_batches"] * devices
-    assert found[140, 1] == ("auto", 64) and found[24, 1] == ("zero3_offload", 64)
+        found[room, devices] = config["trainer"]["strategy"], config["data"]["micro_batch"] * config["trainer"]["accumulate_grad_batches"] * devices, config["model"]["optimizer"]["kind"]
+    assert found[140, 1] == ("auto", 64, "auto") and found[24, 1] == ("auto", 64, "host_adamw") and found[6, 1] == ("zero3_offload", 64, "auto")
     assert found[24, 8][0] in ("zero1", "zero2", "zero3") and found[24, 8][1] == 64
 
 
