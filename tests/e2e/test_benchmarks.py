@@ -143,3 +143,20 @@ def test_a_contender_that_is_wrong_is_not_timed(attention, monkeypatch):
         monkeypatch.setitem(attention.CONTENDERS, "loop", lambda case, name=name: wrong[name])
         row = attention.measure("loop", found, case, want, 0.1, 1)
         assert told in row["error"] and "ms" not in row
+
+
+def test_bytes_of_a_step_by_the_ring(root, monkeypatch):
+    "What is summed everywhere travels twice, what is gathered or scattered once; lists of tensors count as their sum, the rest of a step apart."
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    volumes = importlib.import_module("volumes")
+    row = volumes.row_of("zero1", 4, 1, dict(parameters=100, data=dict(all_reduce=400, all_gather_into_tensor=400), small={}))
+    assert row["sent"] == 450 and row["per_parameter"] == 3.0
+    meter, asked = volumes.Meter(), []
+    backend = type("Backend", (), dict(all_gather=lambda self, out, part: asked.append("gather"), all_reduce=lambda self, tensor: asked.append("reduce")))
+    meter.watch(backend)
+    tensor = SimpleNamespace(numel=lambda: 4096, element_size=lambda: 2)
+    backend().all_reduce(tensor)
+    meter.on = True
+    backend().all_gather([tensor, tensor], tensor)
+    backend().all_reduce(tensor=tensor)
+    assert asked == ["reduce", "gather", "reduce"] and dict(meter.data) == dict(all_gather=16384, all_reduce=8192)
