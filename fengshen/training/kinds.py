@@ -169,12 +169,13 @@ def find_head(
     model.eval()
     try:
         scores = scores_of(model(**probe(model)))
+        hook.remove()
+        with left_out(last) if inside else nullcontext():
+            out = model.base_model(**probe(model))
     finally:
         hook.remove()
-    with left_out(last) if inside else nullcontext():
-        out = model.base_model(**probe(model))
+        model.train(training)
     hidden = (scores_of(out) if inside else out.last_hidden_state) * 100
-    model.train(training)
     near = dict(rtol=1e-3, atol=1e-3 * float(scores.abs().max()))
     return next((Head(name, inside) for name in names if torch.allclose(score(model, name, hidden), scores.float(), **near)), None)
 

@@ -271,7 +271,7 @@ def beyond(ask, rate) -> str:
     "What makes a misfit fit where no other way does, in words; empty where nothing helps."
     settings = ask.of(rate) | dict(micro_batch=1, length=ask.step.length)
     gentle = [(change, memory) for change, memory in lighter(settings, ask.fits) if ask.opens(change)]
-    last = ((change, estimate(**(settings | dict(compiled=False) | lever))) for change, lever in BEYOND.items() if ask.opens(change))
+    last = ((change, estimate(**(settings | lever))) for change, lever in BEYOND.items() if ask.opens(change))
     change, memory = gentle[0] if gentle else next(((change, memory) for change, memory in last if ask.fits(memory)), (None, None))
     return f"{change}: {size_text(memory.device)} a device" if change else "a smaller model, or shorter rows (data.max_length)"
 
