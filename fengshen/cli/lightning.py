@@ -339,6 +339,8 @@ class FengshenCLI(LightningCLI):
             self.config["trainer"]["precision"] = default_precision()
         place(self.config)
         validate_every(self.config)
+        if (lora := self.config["model"].get("lora")) and lora.get("quantize"):  # before data are read and DeepSpeed compiles
+            LoRAConfig(**lora).building("zero" in str(self.config["trainer"]["strategy"]), self.config["model"].get("fp8"))
 
     def parse_arguments(self, parser, args):
         "Parse words given by us, whatever started this process."
