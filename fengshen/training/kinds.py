@@ -14,10 +14,12 @@ from typing import Callable, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._triton import has_triton_package
 
 from ..utils.core import choice, explain, pick
 from ..utils.device import device_kind
 from ..utils.kernels.attention import FLASH, choose_attention, model_inputs
+from ..utils.kernels.biased import BIASED, register_biased
 from ..utils.kernels.loss import left_out
 
 # %% ../../nbs/api/training/kinds.ipynb #cc8792d8
@@ -116,7 +118,8 @@ def attention_of(
         return choose_attention(model.config, asked, dtype)
     wanted = pick("attention", asked, UNPACKED)
     if wanted is None and model.config._attn_implementation == "sdpa" and dtype != torch.float32 and device_kind() != "cpu" and biased(model):
-        return choice("attention", "eager", "its scores get a learned bias: torch has no fused kernel for that, and its plain one computes in float32")
+        found = register_biased() if has_triton_package() else "eager"
+        return choice("attention", found, "its scores get a learned bias, with which torch would compute in float32" + ("" if found == BIASED else "; in a kernel where Triton is"))
     return choice("attention", model.config._attn_implementation, "the model's own") if wanted is None else choice("attention", wanted, "asked for")
 
 # %% ../../nbs/api/training/kinds.ipynb #31c45cc5
