@@ -27,6 +27,7 @@ from ..models.lora import LoRAConfig, target_layers
 from .deepspeed import read_config
 from ..utils.charts import table_html
 from ..utils.core import explain, patch, pick
+from ..utils.kernels.attention import set_attention
 from ..utils.kernels.compile import blocks
 from ..utils.kernels.four_bit import A_NUMBER, four_bit_layers
 
@@ -398,7 +399,7 @@ def kept(
     if fused:
         AttentionInterface.register(COUNTED, counted_attention)
         AttentionMaskInterface.register(COUNTED, sdpa_mask)
-    model.set_attn_implementation(COUNTED if fused else "eager")
+    set_attention(model, COUNTED if fused else "eager")
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     watch, inputs, saved = Watch(autocast, weights), {}, {}
     watch_norms(model, watch)

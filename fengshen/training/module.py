@@ -32,6 +32,7 @@ from .sixteen import Sixteen
 from ..utils.core import choice, explain, load_name, patch, say
 from ..utils.device import Soon, device_kind
 from ..utils.kernels.adamw import MasterAdamW
+from ..utils.kernels.attention import set_attention
 from ..utils.kernels.compile import compile_blocks, uncompiled
 from ..utils.kernels.float8 import use_float8, why_not_float8
 from ..utils.kernels.four_bit import four_bit_forms
@@ -220,7 +221,7 @@ def prepare(
     model = self.model.train()
     sixteen_bit = self._trainer is not None and "16" in str(self._trainer.precision)
     self.attention = attention_of(self.kind, model, self.attention_asked, torch.bfloat16 if sixteen_bit else torch.float32)
-    model.set_attn_implementation(self.attention)
+    set_attention(model, self.attention)
     if self.gradient_checkpointing:
         enable_checkpointing(model)
     if self.fp8:

@@ -60,8 +60,8 @@ class Sixteen:
 
     def clip(self, most) -> torch.Tensor:
         "The norm of all gradients; the optimizer's next step scales them down to `most`, and is left out where the norm is not finite."
-        norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in self.optimizer.own if p.grad is not None]
-        norm = torch.stack(norms).norm() if norms else torch.zeros(())
+        grads = [p.grad for p in self.optimizer.own if p.grad is not None]
+        norm = torch.stack(torch._foreach_norm(grads, 2, torch.float32)).norm() if grads else torch.zeros(())
         self.optimizer.scale = torch.where(norm.isfinite(), (most / (norm + 1e-6)).clamp(max=1.0), torch.nan)
         return norm
 

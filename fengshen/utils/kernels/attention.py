@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['NAME', 'FLEX', 'FLASH', 'ASKED', 'window_mask', 'document_attention', 'flash_attention', 'flash_ready',
            'compute_dtype', 'varlen_attention', 'check_packed', 'check_boundaries', 'flex_mask', 'flex_by_document',
-           'register_attention', 'model_class', 'why_not_varlen', 'head_width', 'checked', 'why_not_here',
-           'choose_attention', 'block_mask', 'model_inputs']
+           'register_attention', 'set_attention', 'model_class', 'why_not_varlen', 'head_width', 'checked',
+           'why_not_here', 'choose_attention', 'block_mask', 'model_inputs']
 
 # %% ../../../nbs/api/utils/kernels/attention.ipynb #c81e728d
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -194,6 +194,17 @@ def register_attention() -> str:
 # %% ../../../nbs/api/utils/kernels/attention.ipynb #a463f64c
 FLASH = "flash_attention_2"
 ASKED = {"auto": None, "varlen": NAME, "sdpa": "sdpa", "eager": "eager", "flex": FLEX, FLASH: FLASH}
+
+
+def set_attention(
+    model,  # A Hugging Face model
+    name,  # What `choose_attention` gave, or any name that transformers knows
+):
+    "Set the attention of a model and of the models inside it; transformers 5.17 forgets T5's encoder and decoder, whose configurations are copies of the model's."
+    model.set_attn_implementation(name)
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and type(part.config) is type(model.config):
+            part.config._attn_implementation = name
 
 
 def model_class(

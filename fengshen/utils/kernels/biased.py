@@ -99,10 +99,10 @@ def kernels():
         return tl.load(rows_at(x, b, h, i, length, heads, D), mask=i[:, None] < length, other=0.0)
 
     @triton.jit
-    def scores(q_md, k_nd, bias, seen, b, h, i, j, queries, keys, seen_b, scaling, CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    def scores(q_md, k_nd, bias, seen, b, h, i, j, queries, keys, seen_b, scaling, CAUSAL: tl.constexpr, MASKED: tl.constexpr):
         inside = (i[:, None] < queries) & (j[None, :] < keys)
         at = i[:, None] * keys + j[None, :]
-        s = tl.dot(q_md, tl.trans(k_nd), input_precision=PRECISION) * scaling
+        s = tl.dot(q_md, tl.trans(k_nd)) * scaling
         s += tl.load(bias + h * queries * keys + at, mask=inside, other=0.0).to(tl.float32)
         if CAUSAL:
             inside &= i[:, None] >= j[None, :]
@@ -112,11 +112,11 @@ def kernels():
 
     @triton.jit
     def slopes(q_md, k_nd, v_nd, grad_md, log_m, product_m, bias, seen, seed, b, h, i, j, queries, keys, heads, seen_b, scaling, threshold, factor,
-               CAUSAL: tl.constexpr, MASKED: tl.constexpr, DROPS: tl.constexpr, PRECISION: tl.constexpr):
-        s = scores(q_md, k_nd, bias, seen, b, h, i, j, queries, keys, seen_b, scaling, CAUSAL, MASKED, PRECISION)
+               CAUSAL: tl.constexpr, MASKED: tl.constexpr, DROPS: tl.constexpr):
+        s = scores(q_md, k_nd, bias, seen, b, h, i, j, queries, keys, seen_b, scaling, CAUSAL, MASKED)
         weights = tl.exp(s - log_m[:, None])
         used = weights
-        to_weights = tl.dot(grad_md, tl.trans(v_nd), input_precision=PRECISION)
+        to_weights = tl.dot(grad_md, tl.trans(v_nd))
         if DROPS:
             stays = stay(seed, (b * heads + h) * queries + i, j, threshold)
             used = tl.where(stays, weights * factor, 0.0)
@@ -125,7 +125,7 @@ def kernels():
 
     @triton.jit
     def forward(q, k, v, bias, seen, seed, out, logs, queries, keys, heads, seen_b, scaling, threshold, factor, D: tl.constexpr, M: tl.constexpr,
-                N: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, DROPS: tl.constexpr, PRECISION: tl.constexpr):
+                N: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, DROPS: tl.constexpr):
         which, i = tl.program_id(1), tl.program_id(0) * M + tl.arange(0, M)
         b, h, seed = (which // heads).to(tl.int64), which % heads, tl.load(seed).to(tl.uint32)
         q_md = rows(q, b, h, i, queries, heads, D)
@@ -135,7 +135,7 @@ def kernels():
             last = tl.minimum(keys, (tl.program_id(0) + 1) * M)
         for start in range(0, last, N):
             j = start + tl.arange(0, N)
-            s = scores(q_md, rows(k, b, h, j, keys, heads, D), bias, seen, b, h, i, j, queries, keys, seen_b, scaling, CAUSAL, MASKED, PRECISION)
+            s = scores(q_md, rows(k, b, h, j, keys, heads, D), bias, seen, b, h, i, j, queries, keys, seen_b, scaling, CAUSAL, MASKED)
             new = tl.maximum(most, tl.max(s, 1))
             level = tl.where(new == -float("inf"), 0.0, new)
             weights, shrink = tl.exp(s - level[:, None]), tl.exp(most - level)
@@ -143,7 +143,7 @@ def kernels():
             if DROPS:
                 weights = tl.where(stay(seed, (b * heads + h) * queries + i, j, threshold), weights * factor, 0.0)
             v_nd = rows(v, b, h, j, keys, heads, D)
-            sum_md = sum_md * shrink[:, None] + tl.dot(weights.to(v_nd.dtype), v_nd, input_precision=PRECISION)
+            sum_md = sum_md * shrink[:, None] + tl.dot(weights.to(v_nd.dtype), v_nd)
             most = new
         nothing = total == 0.0
         sum_md /= tl.where(nothing, 1.0, total)[:, None]
@@ -159,7 +159,7 @@ def kernels():
 
     @triton.jit
     def of_queries(q, k, v, bias, seen, seed, grad, logs, sums, to_q, queries, keys, heads, seen_b, scaling, threshold, factor, D: tl.constexpr,
-                   M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, DROPS: tl.constexpr, PRECISION: tl.constexpr):
+                   M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, DROPS: tl.constexpr):
         which, i = tl.program_id(1), tl.program_id(0) * M + tl.arange(0, M)
         b, h, seed = (which // heads).to(tl.int64), which % heads, tl.load(seed).to(tl.uint32)
         q_md, grad_md = rows(q, b, h, i, queries, heads, D), rows(grad, b, h, i, queries, heads, D)
@@ -172,13 +172,13 @@ def kernels():
             j = start + tl.arange(0, N)
             k_nd, v_nd = rows(k, b, h, j, keys, heads, D), rows(v, b, h, j, keys, heads, D)
             used, slope = slopes(q_md, k_nd, v_nd, grad_md, log_m, product_m, bias, seen, seed, b, h, i, j, queries, keys, heads, seen_b, scaling,
-                                 threshold, factor, CAUSAL, MASKED, DROPS, PRECISION)
-            sum_md += tl.dot(slope.to(k_nd.dtype), k_nd, input_precision=PRECISION)
+                                 threshold, factor, CAUSAL, MASKED, DROPS)
+            sum_md += tl.dot(slope.to(k_nd.dtype), k_nd)
         tl.store(rows_at(to_q, b, h, i, queries, heads, D), (sum_md * scaling).to(to_q.dtype.element_ty), mask=i[:, None] < queries)
 
     @triton.jit
     def of_keys(q, k, v, bias, seen, seed, grad, logs, sums, to_k, to_v, queries, keys, heads, seen_b, scaling, threshold, factor, D: tl.constexpr,
-                M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, DROPS: tl.constexpr, PRECISION: tl.constexpr):
+                M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, DROPS: tl.constexpr):
         which, j = tl.program_id(1), tl.program_id(0) * N + tl.arange(0, N)
         b, h, seed = (which // heads).to(tl.int64), which % heads, tl.load(seed).to(tl.uint32)
         k_nd, v_nd = rows(k, b, h, j, keys, heads, D), rows(v, b, h, j, keys, heads, D)
@@ -191,15 +191,15 @@ def kernels():
             log_m = tl.load(logs + which.to(tl.int64) * queries + i, mask=i < queries, other=0.0)
             product_m = tl.load(sums + which.to(tl.int64) * queries + i, mask=i < queries, other=0.0)
             used, slope = slopes(q_md, k_nd, v_nd, grad_md, log_m, product_m, bias, seen, seed, b, h, i, j, queries, keys, heads, seen_b, scaling,
-                                 threshold, factor, CAUSAL, MASKED, DROPS, PRECISION)
-            values_nd += tl.dot(tl.trans(used.to(grad_md.dtype)), grad_md, input_precision=PRECISION)
-            keys_nd += tl.dot(tl.trans(slope.to(q_md.dtype)), q_md, input_precision=PRECISION)
+                                 threshold, factor, CAUSAL, MASKED, DROPS)
+            values_nd += tl.dot(tl.trans(used.to(grad_md.dtype)), grad_md)
+            keys_nd += tl.dot(tl.trans(slope.to(q_md.dtype)), q_md)
         tl.store(rows_at(to_k, b, h, j, keys, heads, D), (keys_nd * scaling).to(to_k.dtype.element_ty), mask=j[:, None] < keys)
         tl.store(rows_at(to_v, b, h, j, keys, heads, D), values_nd.to(to_v.dtype.element_ty), mask=j[:, None] < keys)
 
     @triton.jit
     def of_bias(q, k, v, bias, seen, seed, grad, logs, sums, to_bias, batch, queries, keys, heads, seen_b, scaling, threshold, factor, D: tl.constexpr,
-                M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, DROPS: tl.constexpr, PRECISION: tl.constexpr):
+                M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, DROPS: tl.constexpr):
         i, j, h = tl.program_id(0) * M + tl.arange(0, M), tl.program_id(1) * N + tl.arange(0, N), tl.program_id(2)
         seed, sum_mn, rounds = tl.load(seed).to(tl.uint32), tl.zeros([M, N], tl.float32), batch
         if CAUSAL:
@@ -211,7 +211,7 @@ def kernels():
             log_m = tl.load(logs + (b * heads + h) * queries + i, mask=i < queries, other=0.0)
             product_m = tl.load(sums + (b * heads + h) * queries + i, mask=i < queries, other=0.0)
             used, slope = slopes(q_md, k_nd, v_nd, grad_md, log_m, product_m, bias, seen, seed, b, h, i, j, queries, keys, heads, seen_b, scaling,
-                                 threshold, factor, CAUSAL, MASKED, DROPS, PRECISION)
+                                 threshold, factor, CAUSAL, MASKED, DROPS)
             sum_mn += slope
         at = h * queries * keys + i[:, None] * keys + j[None, :]
         tl.store(to_bias + at, sum_mn.to(to_bias.dtype.element_ty), mask=(i[:, None] < queries) & (j[None, :] < keys))
@@ -220,15 +220,14 @@ def kernels():
 
 # %% ../../../nbs/api/utils/kernels/biased.ipynb #9bc2b0f7
 WIDTHS = (16, 32, 64, 128)  # of a head, that the kernels take
-BLOCKS = dict(forward=(128, 64, 8), of_queries=(128, 64, 8), of_keys=(64, 64, 4), of_bias=(64, 64, 4))  # queries, keys, warps
+BLOCKS = dict(forward=(64, 64, 4, 3), of_queries=(64, 64, 4, 2), of_keys=(64, 64, 4, 3), of_bias=(64, 32, 4, 3))  # queries, keys, warps, stages
 
 
 def settings(q_blhd, seen_bls, dropout, scaling, causal) -> tuple:
     "What every kernel is told: numbers, and constants by name."
     masked = seen_bls is not None
     numbers = seen_bls.stride(0) if masked and len(seen_bls) > 1 else 0, scaling, int(dropout * 2**24), 1 / (1 - dropout)
-    precision = "ieee" if q_blhd.dtype == torch.float32 else "tf32"  # of float32 products; 16-bit ones have but one
-    return numbers, dict(D=q_blhd.shape[-1], CAUSAL=causal, MASKED=masked, DROPS=dropout > 0, PRECISION=precision)
+    return numbers, dict(D=q_blhd.shape[-1], CAUSAL=causal, MASKED=masked, DROPS=dropout > 0)
 
 
 def over(length, block):
@@ -237,15 +236,16 @@ def over(length, block):
 
 
 def shape(name) -> dict:
-    "Blocks and warps of a kernel, by name."
-    return dict(zip(("M", "N", "num_warps"), BLOCKS[name]))
+    "Blocks, warps and stages of a kernel, by name."
+    return dict(zip(("M", "N", "num_warps", "num_stages"), BLOCKS[name]))
 
 # %% ../../../nbs/api/utils/kernels/biased.ipynb #8e38e3a2
 @torch.library.custom_op("fengshen::biased_attention", mutates_args=())
 def biased_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, seen: Optional[torch.Tensor], seed: torch.Tensor,
                      dropout: float, scaling: float, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
     "`biased_in_torch` in a kernel; also the logarithm of each query's sum of weights, float32 [b, h, l]. Tensors lie contiguous."
-    (batch, queries, heads, width), keys = q.shape, k.shape[1]
+    batch, queries, heads, _ = q.shape
+    keys = k.shape[1]
     out, logs = torch.empty_like(q), q.new_empty(batch, heads, queries, dtype=torch.float32)
     numbers, constants = settings(q, seen, dropout, scaling, causal)
     grid = over(queries, BLOCKS["forward"][0]), batch * heads
@@ -318,7 +318,7 @@ def can_fuse(
     "Whether the kernels take a call."
     shapes = query_bhld.shape[-1] in WIDTHS and query_bhld.shape[1] == key_bhsd.shape[1] and not (causal and query_bhld.shape[2] != key_bhsd.shape[2])
     mask = attention_mask is None or attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1
-    return query_bhld.device.type != "cpu" and query_bhld.dtype != torch.float64 and shapes and mask and has_triton_package()
+    return query_bhld.device.type != "cpu" and query_bhld.dtype in (torch.bfloat16, torch.float16) and shapes and mask and has_triton_package()
 
 
 def biased_by_kernel(
@@ -339,7 +339,7 @@ def biased_by_kernel(
         return sdpa_attention_forward(module, query_bhld, key_bhsd, value_bhsd, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal,
                                       position_bias=position_bias, **kwargs)
     q, k, v = (t.transpose(1, 2).contiguous() for t in (query_bhld, key_bhsd, value_bhsd))
-    seen = None if attention_mask is None else attention_mask[:, 0].contiguous().view(torch.uint8)
+    seen = None if attention_mask is None else attention_mask[:, 0].contiguous()
     seed = torch.randint(2**31, (1,), device=q.device) if dropout else torch.zeros(1, dtype=torch.int64, device=q.device)
     scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
     return biased_attention(q, k, v, position_bias[0].contiguous(), seen, seed, float(dropout), float(scaling), bool(causal))[0], None
