@@ -14,12 +14,11 @@ from typing import Callable, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._triton import has_triton_package
 
 from ..utils.core import choice, explain, pick
 from ..utils.device import device_kind
-from ..utils.kernels.attention import FLASH, choose_attention, model_inputs
-from ..utils.kernels.biased import BIASED, register_biased
+from ..utils.kernels.attention import FLASH, choose_attention, head_width, model_inputs
+from ..utils.kernels.biased import register_biased, why_not_biased
 from ..utils.kernels.loss import left_out
 
 # %% ../../nbs/api/training/kinds.ipynb #cc8792d8
@@ -118,8 +117,8 @@ def attention_of(
         return choose_attention(model.config, asked, dtype)
     wanted = pick("attention", asked, UNPACKED)
     if wanted is None and model.config._attn_implementation == "sdpa" and dtype != torch.float32 and device_kind() != "cpu" and biased(model):
-        found = register_biased() if has_triton_package() else "eager"
-        return choice("attention", found, "its scores get a learned bias, with which torch would compute in float32" + ("" if found == BIASED else "; in a kernel where Triton is"))
+        obstacle = why_not_biased(head_width(model.config))
+        return choice("attention", "eager" if obstacle else register_biased(), "its scores get a learned bias" + (f", and {obstacle}" if obstacle else ", for which there are kernels"))
     return choice("attention", model.config._attn_implementation, "the model's own") if wanted is None else choice("attention", wanted, "asked for")
 
 # %% ../../nbs/api/training/kinds.ipynb #31c45cc5

@@ -15,6 +15,7 @@ from fengshen.data.universal_datamodule import UniversalDataModule
 from fengshen.data.universal_datamodule.corrupted import Pairs
 from fengshen.models.bart import BartForTextInfill, BartTextInfillConfig
 from fengshen.training.kinds import attention_of, find_head
+from fengshen.utils.kernels.biased import BIASED
 from fengshen.training.module import LanguageModelModule
 from fengshen.utils.device import seeded
 from tests.training_runs import apart, back_to, fit_here, flags, here, series, weights, weights_apart
@@ -186,10 +187,13 @@ def test_rows_can_be_looked_at_before_training(folder):
     assert status == 2 and "--sample NUMBER" in err
 
 
-def test_scores_with_a_learned_bias_are_left_to_the_model(monkeypatch):
+@pytest.mark.parametrize("triton,width,found", [(True, 16, BIASED), (True, 8, "eager"), (False, 16, "eager")])
+def test_scores_with_a_learned_bias_get_kernels_or_the_models_lines(monkeypatch, capsys, triton, width, found):
     "On an accelerator in 16 bits; float32, another model, and what was asked for stay."
     monkeypatch.setattr("fengshen.training.kinds.device_kind", lambda: "cuda")
-    small = dict(vocab_size=40, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    monkeypatch.setattr("fengshen.utils.kernels.biased.has_triton_package", lambda: triton)
+    small = dict(vocab_size=40, d_model=16, d_kv=width, d_ff=16, num_layers=1, num_heads=2)
     t5, bart = T5ForConditionalGeneration(T5Config(**small)), BartForConditionalGeneration(BartConfig(vocab_size=40, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16, decoder_ffn_dim=16))
     ways = [(t5, "auto", torch.bfloat16), (t5, "auto", torch.float32), (t5, "sdpa", torch.bfloat16), (bart, "auto", torch.bfloat16)]
-    assert [attention_of("seq2seq", *way) for way in ways] == ["eager", "sdpa", "sdpa", "sdpa"]
+    assert [attention_of("seq2seq", *way) for way in ways] == [found, "sdpa", "sdpa", "sdpa"]
+    assert ("Triton is not installed" if not triton else "these have 8" if width == 8 else "there are kernels") in capsys.readouterr().out

@@ -204,7 +204,7 @@ def set_attention(
     model.set_attn_implementation(name)
     for part in model.modules():
         if isinstance(part, PreTrainedModel) and type(part.config) is type(model.config):
-            part.config._attn_implementation = name
+            part.config._attn_implementation = model.config._attn_implementation  # which may have stayed what it was
 
 
 def model_class(
