@@ -15,9 +15,9 @@ from fengshen.data.universal_datamodule import UniversalDataModule
 from fengshen.data.universal_datamodule.corrupted import Pairs
 from fengshen.models.bart import BartForTextInfill, BartTextInfillConfig
 from fengshen.training.kinds import attention_of, find_head
-from fengshen.utils.kernels.biased import BIASED
 from fengshen.training.module import LanguageModelModule
 from fengshen.utils.device import seeded
+from fengshen.utils.kernels.biased import BIASED
 from tests.training_runs import apart, back_to, fit_here, flags, here, series, weights, weights_apart
 
 CHARACTERS = "白日依山尽黄河入海流欲穷千里目更上一层楼床前明月光疑是地霜举头望低思故乡，。"
