@@ -144,9 +144,9 @@ def write_json(
     path,  # Where
     content,  # What
 ) -> bytes:
-    "Write JSON so that the file is either whole or not there; its bytes."
+    "Write JSON so that the file is either whole or not there, one writer at a time; its bytes."
     data = json.dumps(content, ensure_ascii=False).encode()
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    temporary = path.with_name(f"{path.name}.partial")  # one name, so that what a killed process left is written over
     temporary.write_bytes(data)
     sync(temporary)
     temporary.replace(path)
