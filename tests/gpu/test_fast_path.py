@@ -7,7 +7,7 @@ from torch import nn
 
 from fengshen.training.run import Run
 from fengshen.utils import device
-from fengshen.utils.kernels.adamw import MasterAdamW, Rates, update_in_kernel, update_in_torch
+from fengshen.utils.kernels.adamw import MasterAdamW, Rates, is_even, update_in_kernel, update_in_torch
 from fengshen.utils.kernels.float8 import RECIPES, use_float8
 from fengshen.utils.kernels.head_loss import head_loss, slopes_in_kernel, slopes_in_torch
 from tests.training_runs import cli, flags, tiny_config
@@ -20,19 +20,29 @@ def drawn(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator(HERE).manual_seed(seed), device=HERE).to(dtype)
 
 
-@pytest.mark.parametrize("count", [1, 2047, 2048, 100_003])
-def test_the_kernel_updates_as_the_lines_do(count):
-    master = drawn(count, seed=1)
-    state = [master.bfloat16(), drawn(count, dtype=torch.bfloat16), master, drawn(count, seed=2) * 0.1, drawn(count, seed=3).abs()]
-    ours, plain = ([t.clone() for t in state] for _ in range(2))
-    ours[0].fill_(torch.nan)  # what is not written shows
+@pytest.mark.parametrize("sizes", [(1, 2047, 2049, 100_003), (16, 2048, 4128, 1_000_000)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_kernel_updates_as_the_lines_do(sizes, dtype):
+    def parts(i, n):
+        master = drawn(n, seed=i)
+        return [master.to(dtype), drawn(n, seed=100 + i, dtype=dtype), master, drawn(n, seed=200 + i) * 0.1, drawn(n, seed=300 + i).abs()]
+
+    ours, plain = ([parts(i, n) for i, n in enumerate(sizes)] for _ in range(2))
+    for tensors in ours:
+        tensors[0].fill_(torch.nan)  # what is not written shows
+    even, scale = all(map(is_even, ours)), torch.tensor(0.3, device=HERE)
+    assert even == (sizes[0] == 16)
     for step in (1, 2):
         rates = Rates(1e-3, 0.9, 0.999, 1e-8, 0.1, step)
-        for update, tensors in ((update_in_kernel, ours), (update_in_torch, plain)):
-            update(*tensors, torch.tensor(0.3, device=HERE), rates)
-    for a, b in zip(ours[2:], plain[2:]):
-        torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-7)
-    assert torch.equal(ours[0], ours[2].bfloat16())
+        update_in_kernel(ours, scale, rates, even)
+        for tensors in plain:
+            update_in_torch(*tensors, scale, rates)
+    before = [[t.clone() for t in tensors] for tensors in ours]
+    update_in_kernel(ours, torch.tensor(torch.nan, device=HERE), rates, even)
+    for mine, right, kept in zip(ours, plain, before):
+        for a, b in zip(mine[2:], right[2:]):
+            torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-7)
+        assert torch.equal(mine[0], mine[2].to(dtype)) and all(map(torch.equal, mine, kept))
 
 
 def test_states_on_the_host_learn_the_same():
