@@ -160,3 +160,34 @@ def test_bytes_of_a_step_by_the_ring(root, monkeypatch):
     backend().all_gather([tensor, tensor], tensor)
     backend().all_reduce(tensor=tensor)
     assert asked == ["reduce", "gather", "reduce"] and dict(meter.data) == dict(all_gather=16384, all_reduce=8192)
+
+
+@pytest.fixture
+def gpu_profile(root, monkeypatch):
+    "The module behind `python benchmarks/gpu_profile.py`."
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    return importlib.import_module("gpu_profile")
+
+
+def test_a_profile_tells_a_late_host_from_a_busy_device(gpu_profile):
+    "Two steps of three kernels: one gap of 100 us that the host filled too late by 60 of them; kernels side by side leave none; notes of the profiler are no kernels."
+    kernels = [("nvjet_sm90", 0, 1000, 0), ("triton_poi_0", 500, 600, 1), ("update", 1200, 300, 1160), ("rows", 1500, 100, 2)]
+    events = [dict(ph="X", cat="gpu_user_annotation", name="Optimizer.step", ts=0, dur=9000), dict(ph="M", name="process")]
+    for number, (name, ts, dur, ordered) in enumerate(kernels):
+        events += [dict(ph="X", cat="kernel", name=name, ts=ts, dur=dur, args=dict(correlation=number)),
+                   dict(ph="X", cat="cuda_runtime", name="cudaLaunchKernel", ts=ordered, dur=5, args=dict(correlation=number))]
+    found = gpu_profile.figures(gpu_profile.kernels_of(dict(traceEvents=events), smoke=False))
+    assert found["parts"] == dict(matmul=0.5, compiled=0.3, optimizer=0.15, loss=0.05) and found["launches"] == 2
+    assert (found["idle_ms"], found["late_ms"]) == (0.05, 0.03)
+    assert found["gaps"] == [dict(ms=0.1, late_ms=0.06, before="triton_poi_0", after="update")]
+
+
+@pytest.mark.slow
+def test_a_profile_at_a_tiny_size(gpu_profile, tmp_path):
+    "A row of ours is trained and recorded; a peer's name is refused."
+    words = [sys.executable, gpu_profile.__file__, "--smoke", "--out", str(tmp_path / "rows.jsonl"), "--only"]
+    assert subprocess.run([*words, "gpt2_110m"], capture_output=True).returncode == 0
+    row = json.loads((tmp_path / "rows.jsonl").read_text("utf8"))
+    assert row["step_ms"] > 0 and row["launches"] > 100 and len(row["kernels"]) == 24, row
+    assert "gpt2_110m" in gpu_profile.table(tmp_path / "rows.jsonl")
+    assert subprocess.run([*words, "hf_packed"], capture_output=True).returncode == 2
