@@ -8,6 +8,7 @@ from torch import nn
 from fengshen.training.run import Run
 from fengshen.utils import device
 from fengshen.utils.kernels.adamw import MasterAdamW, Rates, is_even, update_in_kernel, update_in_torch
+from fengshen.utils.kernels.dropout import HashDropout, dropped
 from fengshen.utils.kernels.float8 import RECIPES, use_float8
 from fengshen.utils.kernels.head_loss import head_loss, slopes_in_kernel, slopes_in_torch
 from tests.training_runs import cli, flags, tiny_config
@@ -123,3 +124,23 @@ def test_fast_runs_learn_what_the_plain_one_learns(tmp_path):
     assert "compiled blocks = True" in said
     assert plain[0] - plain[-1] > 1 and (sharded - plain).abs().max() < 0.05
     assert (fast - plain).abs().max() < 0.05 and (host - fast).abs().max() < 0.05 and (eight - plain).abs().max() < 0.2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_dropout_by_hash_is_the_same_compiled(dtype):
+    "Forward and backward, in a kernel with what is around it: the mask that the lines give on a CPU."
+    def block(x, seed_2):
+        return F.gelu(x) + dropped(x * 2, 0.1, seed_2)
+
+    for seed in (0, 1):
+        seed_2 = torch.randint(-(2**31), 2**31, (2,), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
+        x = drawn(64, 1000, seed=seed, dtype=dtype).requires_grad_()
+        plain = x.detach().cpu().double().requires_grad_()
+        found, right = torch.compile(block, dynamic=False)(x, seed_2.to(HERE)), block(plain, seed_2)
+        found.float().sum().backward()
+        right.sum().backward()
+        for a, b in ((found, right), (x.grad, plain.grad)):
+            torch.testing.assert_close(a.double().cpu(), b.detach(), rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=2e-2 if dtype == torch.bfloat16 else 1e-5)
+        layer = torch.compile(HashDropout(0.25), dynamic=False)
+        masks = [layer(torch.ones(1000, 1000, device=HERE)) == 0 for _ in range(2)]
+        assert all(abs(mask.float().mean().item() - 0.25) < 3e-3 for mask in masks) and not torch.equal(*masks)

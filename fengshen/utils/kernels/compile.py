@@ -10,7 +10,9 @@ import torch
 import torch._functorch.config as functorch
 from torch import nn
 
-from ..core import explain
+from ..core import choice, explain
+from ..device import device_kind
+from .dropout import quicken
 
 # %% ../../../nbs/api/utils/kernels/compile.ipynb #1679091c
 def blocks(
@@ -36,6 +38,8 @@ def compile_blocks(
         raise ValueError(explain("the activation budget is a share", budget, "a number from 0 to 1", "1 keeps everything, 0 keeps what a block starts from"))
     found = blocks(model)
     functorch.activation_memory_budget = float(budget)  # read when the first block is compiled
+    if device_kind() != "cpu" and (count := quicken(found)):
+        choice("dropout", f"by a hash in {count} layers", "torch's generator takes a fused kernel longer than its memory does")
     for block in found:
         if hooked:
             block.forward = torch.compile(block.forward, dynamic=False)
