@@ -304,8 +304,8 @@ def bare(
     parts=1,  # Rows of each sample
 ) -> frozenset:
     "Numbers of the samples of which nothing is scored."
-    scored = (batch["labels"][:, 1:] != -100).any(1)
-    return frozenset(number for i, number in enumerate(numbers) if not scored[i * parts : (i + 1) * parts].any())
+    scored = (batch["labels"][: len(numbers) * parts, 1:] != -100).any(1).view(-1, parts).any(1)
+    return frozenset(number for number, found in zip(numbers, scored.tolist()) if not found)
 
 
 @patch
