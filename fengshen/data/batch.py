@@ -7,6 +7,7 @@ __all__ = ['COLOURS', 'Batch', 'finish', 'pad_rows', 'empty_batch', 'window_rows
            'is_padding', 'document_numbers']
 
 # %% ../../nbs/api/data/batch.ipynb #eccbc87e
+import copy
 import html
 
 import numpy as np
@@ -84,6 +85,17 @@ def pin_memory(self: Batch) -> Batch:
         if isinstance(value, torch.Tensor):
             self[name] = value.pin_memory()
     return self
+
+
+@patch
+def to(
+    self: Batch,
+    device,  # Where the tensors go
+) -> Batch:
+    "A batch whose tensors lie on a device, counts and names as they were. A GPU's copies from pinned memory are not waited for; Lightning calls this for every batch."
+    there, quickly = copy.copy(self), torch.device(device).type == "cuda"
+    there.update({name: value.to(device, non_blocking=quickly) for name, value in self.items() if isinstance(value, torch.Tensor)})
+    return there
 
 # %% ../../nbs/api/data/batch.ipynb #wincd001
 def window_rows(

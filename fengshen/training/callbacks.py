@@ -22,7 +22,7 @@ from .kinds import KINDS
 from .memory import estimate, size_text
 from .module import follow_schedule
 from ..utils.core import patch, say
-from ..utils.device import host_memory, memory, peak_flops, seeded
+from ..utils.device import host_memory, memory, peak_flops, peak_reserved, seeded
 from ..utils.kernels.adamw import MasterAdamW
 from ..utils.kernels.compile import has_compiled
 
@@ -104,7 +104,7 @@ def pace(self: Recorder, trainer, tokens):
     self.last = (now, tokens, trainer.global_step)
     per_step = (now - then) / max(1, trainer.global_step - step)
     left = None if self.max_steps is None else per_step * (self.max_steps - trainer.global_step)
-    held = memory()["peak_reserved"] or host_memory()
+    held = peak_reserved() or host_memory()
     was, self.waited = self.waited, waited(trainer)
     data_wait = {} if self.waited is None else dict(data_wait=round(min(1.0, (self.waited - was) / max(now - then, 1e-9)), 4))
     return dict(time=round(now - self.started, 3), tokens_per_second=round((tokens - before) / max(now - then, 1e-9), 1),
@@ -153,7 +153,7 @@ def run_settings(
 @patch
 def foretell(self: Recorder, trainer, module):
     "Once: say what was reserved and what was predicted."
-    if not memory()["total"] or self.file is None or trainer.global_step != self.first + TOLD_AT:
+    if trainer.global_step != self.first + TOLD_AT or self.file is None or not memory()["total"]:
         return
     began = time.monotonic()
     try:
