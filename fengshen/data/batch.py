@@ -38,8 +38,11 @@ def finish(
     tokens,  # Real tokens in it
     tokenizer=None,  # For the picture only
 ) -> Batch:
-    "The batch with `tokens` and `num_labels` counted; `whole` where its mask hides nothing."
+    "The batch with `tokens` and `num_labels` counted, `mean_seq_len` of packed documents; `whole` where its mask hides nothing."
     batch.update(tokens=int(tokens), num_labels=int((batch["labels"][:, 1:] != -100).sum()))
+    if "cu_seq_lens" in batch:
+        lengths = batch["cu_seq_lens"].double().diff()
+        batch["mean_seq_len"] = float(lengths.square().sum() / lengths.sum())
     if "attention_mask" in batch:
         batch.setdefault("whole", bool(batch["attention_mask"].all()))
     batch.tokenizer = tokenizer
