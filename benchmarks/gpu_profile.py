@@ -9,7 +9,8 @@ process of its own: after a warm-up of 8 steps, 4 steps are timed (`step_ms`, fr
 norm (of the gradients), compiled (what the compiler fused), copies, other. `idle_ms` is when no kernel ran, `late_ms` that part of it in
 which the next kernel had not been ordered when the one before it ended: the host was late. Recording slows the host down, so that
 `late_ms` is an upper bound; `step_ms` less the parts is the truth. `kernels` are the largest ones, `gaps` the longest waits, with the
-kernels before and after. --smoke records a CPU's operations instead, to know that it works.
+kernels before and after; `calls` are the driver's calls in which the host spent most of its time, waiting or not. --smoke records
+a CPU's operations instead, to know that it works.
 """
 
 import argparse
@@ -51,6 +52,16 @@ def kernels_of(trace, smoke):
     number = {id(e): e.get("args", {}).get("correlation") for e in events}
     ordered = {number[id(e)]: e["ts"] for e in events if e.get("cat") in ("cuda_runtime", "cuda_driver")}
     return sorted((e["ts"], e["ts"] + e["dur"], e["name"], ordered.get(number[id(e)], e["ts"])) for e in events if e.get("cat") in kinds)
+
+
+def calls_of(trace):
+    """The calls of the driver that took the host longest."""
+    spent, times = Counter(), Counter()
+    for event in trace["traceEvents"]:
+        if event.get("cat") in ("cuda_runtime", "cuda_driver") and event.get("ph") == "X":
+            spent[event["name"]] += event["dur"]
+            times[event["name"]] += 1
+    return [dict(name=name, ms=each(took), times=round(times[name] / RECORDED, 1)) for name, took in spent.most_common(8)]
 
 
 def gaps_of(kernels):
@@ -122,7 +133,7 @@ def profiler(out, smoke):
                 self.recorder.export_chrome_trace(f"{folder}/trace.json")
                 trace = json.loads(Path(folder, "trace.json").read_text("utf8"))
             facts = dict(step_ms=round(self.step_ms, 2), device=device_name(), torch=torch.__version__)
-            Path(out).write_text(json.dumps(facts | figures(kernels_of(trace, smoke))), "utf8")
+            Path(out).write_text(json.dumps(facts | figures(kernels_of(trace, smoke)) | dict(calls=calls_of(trace))), "utf8")
 
     return Profile()
 

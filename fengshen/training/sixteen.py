@@ -62,7 +62,7 @@ class Sixteen:
         "The norm of all gradients; the optimizer's next step scales them down to `most`, and is left out where the norm is not finite."
         grads = [p.grad for p in self.optimizer.own if p.grad is not None]
         norm = torch.stack(torch._foreach_norm(grads, 2, torch.float32)).norm() if grads else torch.zeros(())
-        self.optimizer.scale = torch.where(norm.isfinite(), (most / (norm + 1e-6)).clamp(max=1.0), torch.nan)
+        self.optimizer.scale = (most / (norm + 1e-6)).clamp(max=1.0).masked_fill(~norm.isfinite(), torch.nan)
         return norm
 
     @torch.no_grad()

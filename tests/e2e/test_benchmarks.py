@@ -179,6 +179,7 @@ def test_a_profile_tells_a_late_host_from_a_busy_device(gpu_profile):
     found = gpu_profile.figures(gpu_profile.kernels_of(dict(traceEvents=events), smoke=False))
     assert found["parts"] == dict(matmul=0.5, compiled=0.3, optimizer=0.15, loss=0.05) and found["launches"] == 2
     assert (found["idle_ms"], found["late_ms"]) == (0.05, 0.03)
+    assert gpu_profile.calls_of(dict(traceEvents=events)) == [dict(name="cudaLaunchKernel", ms=0.01, times=2.0)]
     assert found["gaps"] == [dict(ms=0.1, late_ms=0.06, before="triton_poi_0", after="update")]
 
 
