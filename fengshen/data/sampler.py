@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REMEDIES', 'shuffled', 'epoch_order', 'Order', 'by_length', 'shares', 'stretch', 'mixed', 'check_weights',
-           'GlobalBatchSampler', 'TrainLoader', 'labelled', 'fetched', 'bare', 'read_ahead', 'EvalLoader']
+           'GlobalBatchSampler', 'Turn', 'TrainLoader', 'labelled', 'fetched', 'bare', 'read_ahead', 'EvalLoader']
 
 # %% ../../nbs/api/data/sampler.ipynb #c81e728d
 import copy
@@ -246,6 +246,27 @@ def load_state_dict(self: GlobalBatchSampler, state):
     self.epoch, self.consumed = int(state["epoch"]), int(state["consumed"])
     self.cursors, self._step = None if self.cursors is None else self.ordering.take_up(state["blend"]), (None, None)
 
+# %% ../../nbs/api/data/sampler.ipynb #cca9e642
+class Turn:
+    "When the next item may be made: at once; after the first `begin`, when it is called again or an item is missed."
+
+    def __init__(
+        self,
+        patience=5,  # Items that may be missed until everything is made at once for good
+    ):
+        self.go, self.told, self.patience = threading.Event(), False, patience
+
+    def begin(self):
+        "Now is a good time."
+        self.told = True
+        self.go.set()
+
+    def wait(self):
+        "Until the next item may be made."
+        if self.told and self.patience > 0:
+            self.go.wait()
+            self.go.clear()
+
 # %% ../../nbs/api/data/sampler.ipynb #8e296a06
 class TrainLoader:
     "Micro-batches for training, with the scored tokens of their optimizer step and the numbers of their samples; Lightning saves and restores its position."
@@ -260,7 +281,7 @@ class TrainLoader:
     ):
         assert sampler.items == len(dataset), (sampler.items, len(dataset))
         self.dataset, self.sampler, self.collate, self.pin, self.fold = dataset, sampler, collate, pin, fold
-        self.waited = 0.0  # seconds
+        self.waited, self.turn = 0.0, Turn()  # seconds waited for; when the next step is made
 
     def __len__(self) -> int:
         "Micro-batches of a whole epoch on this process."
@@ -342,8 +363,10 @@ def lines(
 # %% ../../nbs/api/data/sampler.ipynb #aheadcd1
 def read_ahead(
     items,  # An iterator
+    turn=None,  # A `Turn`; None: everything at once
 ):
     "Its items, of which a thread makes the next while the last is in use."
+    turn = turn or Turn()
     made, stop = queue.Queue(1), threading.Event()
 
     def give(item):
@@ -357,6 +380,7 @@ def read_ahead(
         try:
             for item in items:
                 give((item, None))
+                turn.wait()
                 if stop.is_set():
                     return
             give((None, StopIteration))
@@ -365,12 +389,18 @@ def read_ahead(
 
     threading.Thread(target=work, name="read-ahead", daemon=True).start()
     try:
-        while (found := made.get())[1] is None:
+        found = made.get()
+        while found[1] is None:
             yield found[0]
+            late = made.empty()
+            (turn.go.set if late else turn.go.clear)()  # a word from before this item is stale
+            found = made.get()
+            turn.patience -= late and turn.told and found[1] is None
         if found[1] is not StopIteration:
             raise found[1]
     finally:
         stop.set()
+        turn.go.set()
 
 
 # %% ../../nbs/api/data/sampler.ipynb #33e75ff0
@@ -385,9 +415,15 @@ def steps(self: TrainLoader):
 
 
 @patch
+def begin(self: TrainLoader):
+    "Have the next step's batches made now, and after this only when told; for a loop that knows when it will wait for a device."
+    self.turn.begin()
+
+
+@patch
 def __iter__(self: TrainLoader):
     "The rest of the current epoch; the next call goes on with the next epoch."
-    steps = read_ahead(self.steps())
+    steps = read_ahead(self.steps(), self.turn)
     while True:
         start = time.perf_counter()
         found = next(steps, None)

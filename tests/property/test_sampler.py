@@ -385,3 +385,61 @@ def test_a_sample_of_which_nothing_is_scored_is_named_and_padding_is_not():
     assert bare([10, 11, 12], dict(labels=labels), parts=2) == set()
     labels[5] = -100
     assert bare([10, 11, 12], dict(labels=labels), parts=2) == {12} and bare([], dict(labels=labels)) == set()
+
+
+class Told:
+    "A loader of numbers that notes when each step was made."
+
+    def __init__(self, steps, seconds=0.0):
+        self.made, self.seconds = [], seconds
+        self.loader = TrainLoader(list(range(steps)), GlobalBatchSampler(steps, micro_batch=1, accumulate=1, shuffle=False), self.collate)
+
+    def collate(self, items):
+        time.sleep(self.seconds)
+        self.made.append(items)
+        return dict(items=items, num_labels=len(items))
+
+
+def test_a_told_loader_gives_the_batches_of_one_that_nobody_told():
+    "The word may come once, twice or not at all in a step, and epochs follow each other."
+    told, plain = Told(6), Told(6)
+    for _ in range(2):
+        found = []
+        for step, batch in enumerate(told.loader):
+            found.append(batch)
+            for _ in range(step % 3):
+                told.loader.begin()
+        assert found == list(plain.loader) and len(found) == 6
+
+
+def test_a_told_loader_makes_a_step_when_told():
+    "Nothing is made between the taking of a step and the word, and the thread ends with its reader."
+    before, told = threading.active_count(), Told(20)
+    stream = iter(told.loader)
+    for _ in range(4):
+        next(stream), time.sleep(0.1), told.loader.begin(), time.sleep(0.1)
+    ready = len(told.made)
+    assert next(stream) and time.sleep(0.3) is None and len(told.made) == ready
+    told.loader.begin()
+    assert time.sleep(0.3) is None and len(told.made) == ready + 1
+    next(stream), time.sleep(0.1)  # now it waits for the word
+    stream.close()
+    until = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < until:
+        time.sleep(0.01)
+    assert threading.active_count() == before
+
+
+def test_a_loader_that_is_late_goes_back_to_working_ahead():
+    "Steps take longer to make than to use: after a few misses nobody waits for a word any more, and the loader makes one step after the other."
+    told = Told(30, seconds=0.03)
+    stream = iter(told.loader)
+    for _ in range(20):
+        next(stream), time.sleep(0.01), told.loader.begin()
+    assert told.loader.turn.patience <= 0
+    first, ready = next(stream), len(told.made)
+    until = time.monotonic() + 10
+    while len(told.made) == ready and time.monotonic() < until:
+        time.sleep(0.01)
+    assert len(told.made) > ready
+    assert [first, *stream] == list(Told(30).loader)[20:]
