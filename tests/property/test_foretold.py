@@ -4,6 +4,7 @@ import re
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from fengshen.cli.fit import fit
 from fengshen.training import callbacks
@@ -29,6 +30,7 @@ def train(folder, **changes):
 def device(monkeypatch):
     "A device of 2 GiB of which half is reserved."
     monkeypatch.setattr(callbacks, "memory", lambda: dict(peak_reserved=GIB, total=2 * GIB))
+    monkeypatch.setattr(callbacks, "peak_reserved", lambda: GIB)
 
 
 def test_the_prediction_is_the_estimate_of_the_run(tmp_path, capsys, device):
@@ -57,3 +59,13 @@ def test_what_cannot_be_predicted_does_not_end_the_run(tmp_path, capsys, device)
         recorder.foretell(SimpleNamespace(global_step=step), SimpleNamespace())
     told = capsys.readouterr().out
     assert told.count("not predicted") == 1 and not recorder.predicted and recorder.started > 0
+
+
+def test_the_record_gives_the_word_where_there_is_a_device_to_wait_for():
+    "Once a step, before its update; a CPU is not waited for, and other loaders are left alone."
+    said, optimizer = [], SimpleNamespace(param_groups=[dict(lr=0.1)])
+    trainer = SimpleNamespace(train_dataloader=SimpleNamespace(begin=lambda: said.append(1)))
+    for device, count in (("cpu", 0), ("meta", 1)):
+        callbacks.Recorder("run").on_before_optimizer_step(trainer, SimpleNamespace(device=torch.device(device)), optimizer)
+        assert len(said) == count
+    callbacks.Recorder("run").on_before_optimizer_step(SimpleNamespace(train_dataloader=[]), SimpleNamespace(device=torch.device("meta")), optimizer)
