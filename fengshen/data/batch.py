@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ..utils.core import patch
+from ..utils.device import fetches_alone
 
 # %% ../../nbs/api/data/batch.ipynb #8f14e45f
 class Batch(dict):
@@ -96,7 +97,7 @@ def to(
     device,  # Where the tensors go
 ) -> Batch:
     "A batch whose tensors lie on a device, counts and names as they were. A GPU's copies from pinned memory are not waited for; Lightning calls this for every batch."
-    there, quickly = copy.copy(self), torch.device(device).type == "cuda"
+    there, quickly = copy.copy(self), fetches_alone(device)
     there.update({name: value.to(device, non_blocking=quickly) for name, value in self.items() if isinstance(value, torch.Tensor)})
     return there
 

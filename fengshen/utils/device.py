@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PEAKS', 'device_kind', 'lightning_accelerator', 'default_precision', 'point_deepspeed_at', 'memory', 'peak_reserved',
-           'room', 'device_count', 'host_memory', 'reset_peak_memory', 'release_cached_memory', 'avoid_fragmentation',
-           'device_name', 'peak_flops', 'Lane', 'Soon', 'has_flash_varlen', 'has_float8', 'has_device_compiler',
-           'synchronize', 'seeded', 'device_rng', 'set_device_rng']
+           'fetches_alone', 'room', 'device_count', 'host_memory', 'reset_peak_memory', 'release_cached_memory',
+           'avoid_fragmentation', 'device_name', 'peak_flops', 'Lane', 'Soon', 'has_flash_varlen', 'has_float8',
+           'has_device_compiler', 'synchronize', 'seeded', 'device_rng', 'set_device_rng']
 
 # %% ../../nbs/api/utils/device.ipynb #c81e728d
 import contextlib
@@ -56,6 +56,13 @@ def memory() -> dict:
 def peak_reserved() -> int:
     "The most bytes of the device that the process has held; 0 on a CPU. Quick enough for every step, which `memory` is not: it asks the driver."
     return torch.cuda.memory_stats_as_nested_dict()["reserved_bytes"]["all"]["peak"] if device_kind() == "cuda" else 0
+
+
+def fetches_alone(
+    device,  # A torch device or its name
+) -> bool:
+    "Whether a device copies from pinned memory by itself while the host goes on."
+    return torch.device(device).type == "cuda"
 
 
 def room() -> int:
