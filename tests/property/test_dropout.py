@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from fengshen.utils.device import seeded
+from fengshen.utils.kernels.compile import compile_blocks
 from fengshen.utils.kernels.dropout import HashDropout, dropped, noise, quicken
 
 N = 1 << 20
@@ -122,3 +124,77 @@ def test_only_compiled_blocks_on_an_accelerator_draw_by_hash(monkeypatch, capsys
     monkeypatch.setattr(compiling, "device_kind", lambda: "cuda")
     compiling.compile_blocks(model)
     assert hashed(model) == 9 == hashed(model.encoder) and "dropout = by a hash in 9 layers" in capsys.readouterr().out
+
+
+class Block(nn.Module):
+    "A block with dropout before a linear layer and after one."
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.dropout, self.last = nn.Linear(64, 64), nn.Linear(64, 64), nn.Dropout(0.3), nn.Dropout(0.1)
+
+    def inner(self, x):
+        "The numbers, and what the first dropout let through."
+        kept = self.dropout(self.first(x).sin() + 2)
+        return self.last(self.second(kept)), kept
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+class Checkpointed(Block):
+    "The same, computed again in the backward pass."
+
+    def forward(self, x):
+        return checkpoint(self.inner, x, use_reentrant=False)
+
+
+class Attending(Block):
+    "Attention with dropout of its weights as well."
+
+    def inner(self, x):
+        "The numbers, and what the first dropout let through."
+        q = self.first(x).view(1, 2, 64, 64)
+        return super().inner(nn.functional.scaled_dot_product_attention(q, q, q, dropout_p=0.2).view(128, 64) + x)
+
+
+SLOW = [(kind, budget, hashed) for kind, budget in ((Block, 1.0), (Block, 0.5), (Block, 0.0), (Checkpointed, 1.0), (Checkpointed, 0.3)) for hashed in (False, True)]
+
+
+@pytest.mark.parametrize("kind, budget, hashed", [(Block, 0.5, False), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW if case != (Block, 0.5, False))])
+def test_compiled_the_backward_pass_has_the_mask_of_the_forward_pass(kind, budget, hashed):
+    "Also where the block is computed again, by checkpointing or by a budget of activations, which torch left alone gets wrong."
+    torch._dynamo.reset()
+    with seeded(3):
+        block, x = kind(), torch.randn(128, 64, requires_grad=True)
+    assert not hashed or quicken(block) == 2
+    compile_blocks(nn.ModuleList([nn.ModuleList([block, kind()])]), budget)
+    for _ in range(2):
+        x.grad = None
+        y, kept = block(x)
+        y.sum().backward()
+        plain = x.detach().clone().requires_grad_()
+        between = (block.first(plain).sin() + 2) * (kept != 0) / 0.7
+        right = block.second(between) * (y != 0) / 0.9
+        right.sum().backward()
+        for found, wanted in ((kept, between), (y, right), (x.grad, plain.grad)):
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+        assert abs((kept == 0).float().mean().item() - 0.3) < 0.03 and abs((y == 0).float().mean().item() - 0.1) < 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("budget", [0.5, 0.0])
+def test_attention_with_dropout_is_kept_too(budget):
+    "The slope along a direction, from the gradient and from two calls with the same noise."
+    torch._dynamo.reset()
+    with seeded(3):
+        block, x, way = Attending(), torch.randn(128, 64, requires_grad=True), torch.randn(128, 64)
+    compile_blocks(nn.ModuleList([nn.ModuleList([block, Attending()])]), budget)
+    values = []
+    for step in (0.0, 1e-3, -1e-3):
+        with seeded(7):
+            y = block((x + step * way).detach().requires_grad_() if step else x)[0].double().sum()
+        values.append(y.item())
+        if not step:
+            y.backward()
+    assert (x.grad * way).sum().item() == pytest.approx((values[1] - values[2]) / 2e-3, rel=2e-2)
