@@ -40,13 +40,14 @@ class KeepNoise(CustomGraphPass):
         "Mark the results of every operation that draws."
         for node in list(graph.nodes):
             if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-                parts = [user for user in node.users if user.target is operator.getitem]
-                for part in parts or [node]:
-                    part.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+                parts = [user for user in node.users if user.target is operator.getitem] or [node]
+                for part in parts:
+                    if isinstance(part.meta.get("val"), torch.Tensor):
+                        part.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
     def uuid(self):
         "What the compiler's cache knows it by."
-        return "fengshen KeepNoise 1"
+        return "fengshen KeepNoise 2"
 
 
 def compile_blocks(
