@@ -60,8 +60,8 @@ def compile_blocks(
         raise ValueError(explain("the activation budget is a share", budget, "a number from 0 to 1", "1 keeps everything, 0 keeps what a block starts from"))
     found = blocks(model)
     functorch.activation_memory_budget = max(float(budget), 1e-6)  # read when the first block is compiled; at 0 the compiler would keep no noise either
-    if budget < 1:
-        inductor.joint_custom_post_pass = KeepNoise()
+    if budget < 1 or isinstance(inductor.joint_custom_post_pass, KeepNoise):
+        inductor.joint_custom_post_pass = KeepNoise() if budget < 1 else None  # without a budget, checkpointing computes attention again and restores its noise
     if device_kind() != "cpu" and (count := quicken(found)):
         choice("dropout", f"by a hash in {count} layers", "torch's generator takes a fused kernel longer than its memory does")
     for block in found:
