@@ -93,11 +93,16 @@ def on_before_optimizer_step(self: Recorder, trainer, module, optimizer):
 
 @patch
 def on_train_batch_end(self: Recorder, trainer, module, outputs, batch, batch_idx):
-    "Write a line for each logged step."
+    "A line for each logged step, as soon as its figures are read."
     if at_step_end(trainer, batch_idx):
         self.foretell(trainer, module)
-    if not at_step_end(trainer, batch_idx) or trainer.global_step % trainer.log_every_n_steps:
-        return
+        if trainer.global_step % trainer.log_every_n_steps == 0:
+            module.when_read(lambda: self.note(trainer, module, batch))
+
+
+@patch
+def note(self: Recorder, trainer, module, batch):
+    "Write the line of a step that has just been read."
     figures = module.step_figures()
     record = dict(step=trainer.global_step, split="train", loss=figures["loss"], lr=self.lr, grad_norm=figures["grad_norm"])
     record |= dict(tokens=figures["tokens"], fill=round(figures["fill"], 4))
@@ -234,7 +239,14 @@ def on_validation_end(self: Recorder, trainer, module):
 
 @patch
 def on_train_end(self: Recorder, trainer, module):
-    "Close the record and the view."
+    "Close the record and the view, with the last step's line in it."
+    module.totals.catch_up()
+    self.close(trainer)
+
+
+@patch
+def close(self: Recorder, trainer):
+    "Close them as they are."
     if getattr(self, "file", None) is None:
         return
     self.file.close()
@@ -246,7 +258,9 @@ def on_train_end(self: Recorder, trainer, module):
 @patch
 def on_exception(self: Recorder, trainer, module, exception):
     "Close the record when training fails, so that its last line is whole; Lightning does not tear the module down then, so it is done here."
-    self.on_train_end(trainer, module)
+    if not isinstance(exception, RuntimeError):  # a device that failed or has no memory left is not asked for its last step
+        module.totals.catch_up()
+    self.close(trainer)
     module.teardown("fit")
 
 # %% ../../nbs/api/training/callbacks.ipynb #3c59dc04
@@ -277,6 +291,8 @@ class Steering(pl.Callback):
         "Look at the wheel."
         if not at_step_end(trainer, batch_idx):
             return
+        if self.control.paused:
+            module.totals.catch_up()
         waited = self.control.wait_if_paused()
         for callback in (c for c in trainer.callbacks if hasattr(c, "leave_out_pause")):
             callback.leave_out_pause(waited)

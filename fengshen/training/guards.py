@@ -197,7 +197,7 @@ def ceiling(
 @patch
 def on_spike_seen(self: Guards, trainer, module, figures, parts, top):
     "Write the samples of a spike down; warn or stop."
-    whole = float(module.totals.labels) * trainer.accumulate_grad_batches / module.loss_scale()  # undoes what `training_step` and Lightning have done to a sum
+    whole = figures["labels"] * trainer.accumulate_grad_batches / module.loss_scale()  # undoes what `training_step` and Lightning have done to a sum
     samples = offenders(parts, lambda part: part.labels and float(part.loss) * whole / part.labels > top)
     row = self.note(trainer, "spike", self.on_spike, samples, loss=figures["loss"], ceiling=top)
     if self.on_spike == "stop":
@@ -285,11 +285,20 @@ def on_train_start(self: Guards, trainer, module):
 
 @patch
 def on_train_batch_end(self: Guards, trainer, module, outputs, batch, batch_idx):
-    "Judge the step."
+    "Judge the step, as soon as its figures are read."
     self.parts.append(Part((outputs or {}).get("loss", math.nan), batch.get("numbers", ()), batch.get("unlabelled", ()), batch["num_labels"]))
     if not at_step_end(trainer, batch_idx):
         return
-    figures, parts, self.parts = module.step_figures(), self.parts, []
+    parts, self.parts = self.parts, []
+    module.when_read(lambda: self.judge(trainer, module, parts))
+    if self.on_nan == "rollback":  # before anything is computed with weights that may be replaced
+        module.totals.catch_up()
+
+
+@patch
+def judge(self: Guards, trainer, module, parts):
+    "Look at what the step was like."
+    figures = module.step_figures()
     self.watch_labels(trainer, figures, parts)
     self.watch_waiting(trainer)
     if self.is_broken(trainer, figures):

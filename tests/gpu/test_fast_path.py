@@ -26,7 +26,7 @@ def drawn(*shape, seed=0, dtype=torch.float32):
 def test_the_kernel_updates_as_the_lines_do(sizes, dtype):
     def parts(i, n):
         master = drawn(n, seed=i)
-        return [master.to(dtype), drawn(n, seed=100 + i, dtype=dtype), master, drawn(n, seed=200 + i) * 0.1, drawn(n, seed=300 + i).abs()]
+        return [master.to(dtype, copy=True), drawn(n, seed=100 + i, dtype=dtype), master, drawn(n, seed=200 + i) * 0.1, drawn(n, seed=300 + i).abs()]
 
     ours, plain = ([parts(i, n) for i, n in enumerate(sizes)] for _ in range(2))
     for tensors in ours:

@@ -151,7 +151,7 @@ def test_patience_is_counted_in_a_row(tmp_path_factory, steps, patience):
     "True is a broken step: the run stops exactly where one more than `patience` of them follow each other."
     guards, trainer = Guards(tmp_path_factory.getbasetemp(), on_nan="skip", patience=patience), lone()
     trainer.is_global_zero = False
-    module = SimpleNamespace(step_figures=lambda: dict(loss=math.nan if broken else 1.0, grad_norm=1.0, unlabelled=0), parameters=lambda: iter(()), device="cpu")
+    module = SimpleNamespace(when_read=lambda then: then(), step_figures=lambda: dict(loss=math.nan if broken else 1.0, grad_norm=1.0, unlabelled=0), parameters=lambda: iter(()), device="cpu")
     guards.on_train_start(trainer, module)
     row = 0
     for broken in steps:

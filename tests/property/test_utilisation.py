@@ -23,6 +23,7 @@ from fengshen.models.megatron_t5 import T5Config as MegatronT5Config
 from fengshen.models.megatron_t5 import T5ForConditionalGeneration as MegatronT5
 from fengshen.training import callbacks
 from fengshen.training.callbacks import Recorder
+from fengshen.training.totals import Totals
 from fengshen.training.progress import figures
 from fengshen.utils.device import PEAKS, peak_flops
 
@@ -88,7 +89,7 @@ def test_the_record_says_it_where_the_peak_is_known(name, peak, tmp_path, monkey
     seen = []
     trainer = SimpleNamespace(strategy=SimpleNamespace(reduce=lambda sums, reduce_op: sums), is_global_zero=True, global_step=0, estimated_stepping_batches=4, precision="bf16-mixed",
                               accumulate_grad_batches=1, log_every_n_steps=1, loggers=[], train_dataloader=SimpleNamespace(waited=0.0), world_size=4)
-    module = SimpleNamespace(model=model, kind="causal" if name == "gpt2" else "masked", device="cpu", totals=SimpleNamespace(tokens=0),
+    module = SimpleNamespace(model=model, kind="causal" if name == "gpt2" else "masked", device="cpu", totals=Totals(), when_read=lambda then: then(),
                              step_figures=lambda: dict(loss=2.0, grad_norm=1.0, tokens=1000, fill=1.0))
     view = SimpleNamespace(start=lambda info: None, update=seen.append, finish=lambda info: None)
     recorder = Recorder(tmp_path, view)
