@@ -39,13 +39,15 @@ def finish(
     tokens,  # Real tokens in it
     tokenizer=None,  # For the picture only
 ) -> Batch:
-    "The batch with `tokens` and `num_labels` counted, `mean_seq_len` of packed documents; `whole` where its mask hides nothing."
+    "The batch with `tokens` and `num_labels` counted, `mean_seq_len` of packed documents; `whole` where its mask hides nothing, but for rows that only fill it up."
     batch.update(tokens=int(tokens), num_labels=int((batch["labels"][:, 1:] != -100).sum()))
     if "cu_seq_lens" in batch:
         lengths = batch["cu_seq_lens"].double().diff()
         batch["mean_seq_len"] = float(lengths.square().sum() / lengths.sum())
     if "attention_mask" in batch:
-        batch.setdefault("whole", bool(batch["attention_mask"].all()))
+        seen_b = batch["attention_mask"].sum(1)
+        empty_b = (seen_b <= 1) & (batch["labels"] == -100).all(1)  # of an epoch's last batch: what comes out for them is not looked at
+        batch.setdefault("whole", bool(((seen_b == batch["attention_mask"].shape[1]) | empty_b).all()))
     batch.tokenizer = tokenizer
     return batch
 
