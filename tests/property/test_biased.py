@@ -9,6 +9,8 @@ from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration, 
 from fengshen.utils.device import seeded
 from fengshen.utils.kernels import biased
 from fengshen.utils.kernels.attention import set_attention
+from fengshen.utils.kernels.compile import blocks
+from fengshen.utils.kernels.dropout import quicken
 
 SMALL = dict(vocab_size=60, d_model=32, d_kv=16, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0, pad_token_id=0, dropout_rate=0.0)
 MODELS = dict(t5=(T5ForConditionalGeneration, T5Config), umt5=(UMT5ForConditionalGeneration, UMT5Config))
@@ -102,7 +104,20 @@ def test_a_model_that_cannot_be_told_keeps_its_own(monkeypatch):
     ({}, True), (dict(dtype=torch.float32), False), (dict(width=80), False), (dict(mask=torch.zeros(2, 1, 4, 4)), False), (dict(mask=torch.ones(2, 1, 4, 4, dtype=torch.bool)), True),
     (dict(causal=True), True), (dict(causal=True, keys=5), False), (dict(keys=5), True), (dict(rows=40_000), False), (dict(device="cpu"), False)])
 def test_what_the_kernels_take(monkeypatch, change, takes):
-    monkeypatch.setattr(biased, "has_triton_package", lambda: True)
+    monkeypatch.setattr(biased, "TRITON", True)
     call = dict(dtype=torch.bfloat16, width=64, mask=None, causal=False, keys=4, rows=2, device="meta") | change
     q, k = (torch.empty(call["rows"], 2, n, call["width"], dtype=call["dtype"], device=call["device"]) for n in (4, call["keys"]))
     assert biased.can_fuse(q, k, call["mask"], call["causal"]) is takes
+
+
+def test_a_block_is_compiled_in_one_piece(monkeypatch):
+    "With the kernels and with dropout by a hash: a break would cost copies of queries, keys and values, and five times the launches. On tensors without numbers, which take a GPU's way."
+    monkeypatch.setattr(biased, "TRITON", True)
+    with torch.device("meta"):
+        model = T5ForConditionalGeneration(T5Config(**SMALL | dict(dropout_rate=0.1, num_layers=3))).train().to(torch.bfloat16)
+    set_attention(model, biased.register_biased())
+    assert quicken(blocks(model)) > 0
+    for block in blocks(model):
+        block.compile(dynamic=False, fullgraph=True, backend="aot_eager")
+    ids = torch.ones(2, 16, dtype=torch.long, device="meta")
+    assert model(input_ids=ids, attention_mask=None, decoder_input_ids=ids[:, :8], use_cache=False).logits.shape == (2, 8, 60)
