@@ -4,9 +4,9 @@ usage: python benchmarks/attention.py --data FOLDER [--only NAME ...] [--repeat 
        python benchmarks/attention.py --table [--out FILE] | --smoke [--only NAME ...] [--out FILE]
 
 FOLDER is what `benchmarks/gpu_data.py` writes; of it only the lengths of the Chinese documents are read. Shapes: documents of those lengths packed
-into 16 rows of 1,024 tokens, causal (GPT-2 of 3.56B: 32 heads of 96; Qwen3: 32 heads of 128 over 8 of keys; GPT-2 of 110M: 12 of 64), and
-rows of 512 that are not causal, whole or with a third of each row padding (BERT: 128 rows, 12 heads of 64; MegatronBERT: 32 rows, 8 of
-256). --only takes names of shapes and of contenders, or patterns.
+into 16 rows of 1,024 tokens, causal (GPT-2 of 3.56B: 32 heads of 96; Qwen3: 32 heads of 128 over 8 of keys; GPT-2 of 110M: 12 of 64), 32 windows
+of 1,024 tokens each, causal (GPT-2 of 110M as it is pretrained), and rows of 512 that are not causal, whole or with a third of each row padding
+(BERT: 128 rows, 12 heads of 64; MegatronBERT: 32 rows, 8 of 256). --only takes names of shapes and of contenders, or patterns.
 
     varlen       this library's attention by document: torch's flash kernel with the boundaries, documents in one flat sequence
     loop         this library's fallback: a call for each document
@@ -51,6 +51,7 @@ SHAPES = dict(
     gpt2_3b6=dict(kind="packed", rows=16, row=1024, heads=32, width=96),
     qwen3_4b=dict(kind="packed", rows=16, row=1024, heads=32, keys=8, width=128),
     gpt2_110m=dict(kind="packed", rows=16, row=1024, heads=12, width=64),
+    gpt2_windows=dict(kind="windows", rows=32, row=1024, heads=12, width=64),
     **{f"{name}_{kind}": shape | dict(kind=kind, row=512) for name, shape in BOTH.items() for kind in ("whole", "padded")},
 )
 TINY = dict(rows=2, row=48, width=16)
@@ -72,7 +73,7 @@ def documents_of(shape, lengths):
     rows, row = shape["rows"], shape["row"]
     if shape["kind"] == "packed":
         return fill(np.minimum(lengths, row)[: 8 * rows], rows, row)
-    return [[row if shape["kind"] == "whole" else row - row // 3]] * rows
+    return [[row - row // 3 if shape["kind"] == "padded" else row]] * rows
 
 
 class Case:
@@ -80,7 +81,7 @@ class Case:
 
     def __init__(self, shape, lengths):
         documents = documents_of(shape, lengths)
-        self.kind, self.causal, self.row = shape["kind"], shape["kind"] == "packed", shape["row"]
+        self.kind, self.causal, self.row = shape["kind"], shape["kind"] in ("packed", "windows"), shape["row"]
         self.lengths = [length for row in documents for length in row]
         number = np.zeros((shape["rows"], self.row), np.int64)  # of the document a position is in, 0 for padding
         for r, row in enumerate(documents):
@@ -198,7 +199,8 @@ def unmasked(backend):
     def make(case):
         def attend(*qkv, dropout):
             with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(*by_heads(case, qkv, repeat=False), dropout_p=dropout).transpose(1, 2)
+                heads = by_heads(case, qkv, repeat=False)
+                return F.scaled_dot_product_attention(*heads, dropout_p=dropout, is_causal=case.causal).transpose(1, 2)
 
         return attend
 
@@ -231,11 +233,11 @@ def why_not(name, shape, dropout):
         return "flex attention has no backward pass on a CPU"
     if name == "flex" and dropout:
         return "flex attention has no dropout"
-    if name.startswith("mask_") and shape["kind"] == "whole":
+    if name.startswith("mask_") and shape["kind"] in ("whole", "windows"):
         return "there is nothing to mask"
     if name == "mask_math" and GPU:
         return "its scores are written out; it is here for the CPU"
-    if name.startswith("sdpa_") and shape["kind"] != "whole":
+    if name.startswith("sdpa_") and shape["kind"] in ("packed", "padded"):
         return "documents share rows" if shape["kind"] == "packed" else "rows have padding"
     return ""
 
