@@ -1,5 +1,7 @@
 """The kernels of the fast path against their plain lines, on the device, and a run with them beside one without."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from fengshen.utils.kernels.adamw import MasterAdamW, Rates, is_even, update_in_
 from fengshen.utils.kernels.dropout import HashDropout, dropped
 from fengshen.utils.kernels.float8 import RECIPES, use_float8
 from fengshen.utils.kernels.head_loss import head_loss, slopes_in_kernel, slopes_in_torch
+from tests.poison import marked_pairs
 from tests.training_runs import cli, flags, tiny_config
 
 HERE = device.device_kind()
@@ -109,7 +112,22 @@ def losses(folder, config, **settings):
     words = {"model.config": config, "trainer.max_steps": 40, "trainer.strategy": "auto", "export": False, "model.samples": 0, "run_dir": str(folder)}
     done = cli("fit", "-c", "demo", *flags(words | settings), cwd=folder.parent)
     assert done.returncode == 0, done.stdout + done.stderr
-    return torch.tensor([r["loss"] for r in Run(folder).records("train")]), done.stdout
+    return torch.tensor([r["loss"] or torch.nan for r in Run(folder).records("train")]), done.stdout
+
+
+def test_a_step_that_is_not_finite_is_left_out_on_the_device(tmp_path):
+    "Its figures are read while the next step is computed: the record, the guards and the optimizer's count are those of a run that waits for each step."
+    data = marked_pairs(tmp_path / "train.jsonl")
+    words = {"model.loss": "tests.poison.nan_loss", "data.train": data, "data.packing": False, "data.micro_batch": 2, "trainer.accumulate_grad_batches": 2, "trainer.max_steps": 11,
+             "guards.on_nan": "skip", "checkpoint.every_n_steps": 8, "checkpoint.keep": 9}
+    losses(tmp_path / "late", tiny_config(tmp_path), **words)
+    rows = Run(tmp_path / "late").records("train")
+    assert [row["step"] for row in rows] == list(range(1, 12)) and [row["step"] for row in rows if row["loss"] is None] == [8]
+    found = [json.loads(line) for line in (tmp_path / "late" / "guards.jsonl").read_text("utf8").splitlines()]
+    assert [(row["step"], row["did"], len(row["samples"])) for row in found] == [(8, "skip", 2)]
+    for step, taken in ((8, 7), (11, 10)):
+        state = torch.load(tmp_path / "late" / "checkpoints" / f"step-{step:08d}" / "state.ckpt", weights_only=True)
+        assert {int(own["step"]) for own in state["optimizer_states"][0]["state"].values()} == {taken}
 
 
 def test_fast_runs_learn_what_the_plain_one_learns(tmp_path):

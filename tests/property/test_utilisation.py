@@ -23,8 +23,8 @@ from fengshen.models.megatron_t5 import T5Config as MegatronT5Config
 from fengshen.models.megatron_t5 import T5ForConditionalGeneration as MegatronT5
 from fengshen.training import callbacks
 from fengshen.training.callbacks import Recorder
-from fengshen.training.totals import Totals
 from fengshen.training.progress import figures
+from fengshen.training.totals import Totals
 from fengshen.utils.device import PEAKS, peak_flops
 
 ONE = dict(vocab_size=200, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=96, max_position_embeddings=64)

@@ -59,6 +59,7 @@ def compile_blocks(
     if not 0 <= budget <= 1:
         raise ValueError(explain("the activation budget is a share", budget, "a number from 0 to 1", "1 keeps everything, 0 keeps what a block starts from"))
     found = blocks(model)
+    torch.compiler.reset()  # what other models compiled counts against the same limit, for their blocks share code with these: after eight, nothing would be compiled any more
     functorch.activation_memory_budget = max(float(budget), 1e-6)  # read when the first block is compiled; at 0 the compiler would keep no noise either
     if budget < 1 or isinstance(inductor.joint_custom_post_pass, KeepNoise):
         inductor.joint_custom_post_pass = KeepNoise() if budget < 1 else None  # without a budget, checkpointing computes attention again and restores its noise

@@ -52,7 +52,7 @@ def slopes_in_kernel(scores_nv, labels_n):
     "Losses [n] of rows of scores, which become their gradient."
     losses_n = torch.empty(len(labels_n), dtype=torch.float32, device=scores_nv.device)
     if len(labels_n):
-        kernel()[(len(labels_n),)](scores_nv, labels_n, losses_n, scores_nv.stride(0), scores_nv.shape[1], BLOCK=4096, num_warps=16)
+        kernel()[(len(labels_n),)](scores_nv, labels_n, losses_n, scores_nv.stride(0), scores_nv.shape[1], BLOCK=4096, num_warps=8)
     return losses_n
 
 
