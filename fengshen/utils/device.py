@@ -97,8 +97,12 @@ def release_cached_memory():
 
 # %% ../../nbs/api/utils/device.ipynb #c74d97b0
 def avoid_fragmentation():
-    "Let torch's allocator grow its segments; must run before the first tensor is placed on the device."
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    "Let torch's allocator grow its segments, unless the environment says what it does; best before the first tensor is placed on the device."
+    if os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
+        return
+    os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    if device_kind() == "cuda" and torch.cuda.is_initialized():  # too late for the environment to be read
+        torch._C._accelerator_setAllocatorSettings(os.environ["PYTORCH_CUDA_ALLOC_CONF"])
 
 # %% ../../nbs/api/utils/device.ipynb #32e4e9e2
 PEAKS = {  # of 16-bit matrix products without sparsity, from the makers' data sheets; a name comes before those that it begins with
