@@ -8,7 +8,8 @@ FOLDER is what `benchmarks/gpu_data.py` writes; nothing else is read, and nothin
 one that fails, runs out of memory or out of time (--timeout) is a row with its error, and none starts after --minutes. --only takes names
 or patterns such as 'qwen*'. With --rounds the list is run several times, so that the two sides of a ratio alternate; --table prints, from
 the file alone, the medians over the rounds and what ours is to the fastest peer of the same group, and to the fastest stock one (a peer is
-tuned where a user has to write code for its attention).
+tuned where a user has to write code for its attention). Rows that carry a `call` (on one machine, one after the other) are compared within
+it, and the newest of a name stand for it.
 
 Models have random weights, rows are packed questions and answers (zh: median 524 tokens under the GPT-2 tokenizer, en: 199; cut at 1,024),
 of which the answers are scored. `tokens_per_second` counts real tokens, no padding: the median over the steps after the first four. `mfu`
@@ -402,14 +403,22 @@ HEAD = [
 ]
 
 
+def newest(rows):
+    """Of each name, the rows of the last call that has figures of it: programs and machines change from call to call."""
+    last = {row["name"]: row.get("call") for row in rows} | {row["name"]: row.get("call") for row in rows if row.get("tokens_per_second")}
+    return [row for row in rows if row.get("call") == last[row["name"]]]
+
+
 def table(file):
-    """The file as markdown, a table a group."""
-    rows = medians([json.loads(text) for text in Path(file).read_text("utf8").splitlines()])
-    parts = []
+    """The file as markdown, a table a group: the newest figures of each row, compared with the peers of the same call where it had any."""
+    every = [json.loads(text) for text in Path(file).read_text("utf8").splitlines()]
+    rows, parts = medians(newest(every)), []
     for group in dict.fromkeys(row["group"] for row in rows.values()):
-        members = [row for row in rows.values() if row["group"] == group]
-        best, stock = fastest(members), fastest(members, stock=True)
-        body = [line(row, best, stock) for row in members]
+        members, body = [row for row in rows.values() if row["group"] == group], []
+        for row in members:
+            beside = medians([other for other in every if other["group"] == group and other.get("call") == row.get("call")]).values()
+            others = beside if fastest(beside) else members
+            body.append(line(row, fastest(others), fastest(others, stock=True)))
         parts.append(f"### {group}\n\n" + "\n".join("| " + " | ".join(cells) + " |" for cells in (HEAD, ["---"] * len(HEAD), *body)))
     return "\n\n".join(parts)
 
