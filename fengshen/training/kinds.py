@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..models.megatron_bert import one_kernel
 from ..utils.core import choice, explain, pick
 from ..utils.device import device_kind
 from ..utils.kernels.attention import FLASH, choose_attention, head_width, model_inputs
@@ -112,10 +113,10 @@ def attention_of(
     asked,  # model.attention
     dtype,  # dtype attention will compute in
 ) -> str:
-    "What to give transformers as `attn_implementation`. Only rows of causal models are packed; the other kinds keep their model's own attention unless one is asked for."
+    "What to give transformers as `attn_implementation`. Only rows of causal models are packed; the other kinds keep their model's own attention unless one is asked for, and a MegatronBERT gets BERT's."
     if name == "causal":
         return choose_attention(model.config, asked, dtype)
-    wanted = pick("attention", asked, UNPACKED)
+    wanted, model = pick("attention", asked, UNPACKED), one_kernel(model)
     if wanted is None and model.config._attn_implementation == "sdpa" and dtype != torch.float32 and device_kind() != "cpu" and biased(model):
         obstacle = why_not_biased(head_width(model.config))
         return choice("attention", "eager" if obstacle else register_biased(), "its scores get a learned bias" + (f", and {obstacle}" if obstacle else ", for which there are kernels"))

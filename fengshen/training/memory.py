@@ -24,6 +24,7 @@ from transformers.masking_utils import sdpa_mask
 from ..models.auto import AutoModelForCausalLM
 from ..models.loading import config_from
 from ..models.lora import LoRAConfig, target_layers
+from ..models.megatron_bert import one_kernel
 from .deepspeed import read_config
 from ..utils.charts import table_html
 from ..utils.core import explain, patch, pick
@@ -466,13 +467,12 @@ def counted(config, auto, lora) -> Counts:
 
 def follow(config, rows, length, setting, attention, auto) -> tuple:
     "As `kept_or_formula`, without its memory."
-    model = empty_model(config, {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[setting.width], auto)
+    model = one_kernel(empty_model(config, {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[setting.width], auto))
     fused = attention != "eager" and model._supports_attention_backend
     try:
         return kept(model, rows, length, setting.autocast, fused), "counted in the model's own code"
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as e:  # what a model does with numbers it does not have is not known beforehand
-        found = kept_by_formula(config, rows, length, 2 if "16" in setting.precision else 4, fused)
-        return found, f"by formula: its code cannot be followed ({type(e).__name__})"
+        return kept_by_formula(config, rows, length, 2 if "16" in setting.precision else 4, fused), f"by formula: its code cannot be followed ({type(e).__name__})"
 
 # %% ../../nbs/api/training/memory.ipynb #1c383cd3
 PROCESS = 2 * GIB  # of a process with torch, transformers, Lightning and DeepSpeed in it, before it holds a model
