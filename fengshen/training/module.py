@@ -215,6 +215,8 @@ def prepare(
         found = compile_blocks(model, self.activation_budget, hooked=zero3)
         if zero3:
             gather_by_block(model, found)
+        if self.lora is not None:
+            model.enable_input_require_grads()  # or the first block, behind frozen embeddings, would be a program of its own, and compiled a second time
     elif self.activation_budget != 1:
         say("model.activation_budget is not used: the blocks are not compiled; model.gradient_checkpointing saves memory without")
 

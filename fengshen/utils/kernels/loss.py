@@ -20,6 +20,8 @@ def scored_rows(
 ):
     "The states that predict a scored token, [n, d], and those tokens, [n]."
     hidden, labels = hidden_bld[:, : labels_bl.shape[1] - 1].flatten(0, 1), labels_bl[:, 1:].flatten()
+    if count == len(labels):  # all of them, as in windows: nothing is copied
+        return hidden, labels
     scored = labels != -100
     rows = (scored.nonzero() if count is None else scored.nonzero_static(size=count)).squeeze(1)
     return hidden.index_select(0, rows), labels.index_select(0, rows)
