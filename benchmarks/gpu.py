@@ -86,6 +86,7 @@ ours("ours_mixed", BIG, "gpt2_3b6", states=MIXED, **FAST, model__optimizer__kind
 ours("ours_zero2", BIG, "gpt2_3b6", states="ZeRO-2", trainer__strategy="zero2")
 ours("ours_fp8", BIG, "gpt2_3b6", states="fp8 linears, " + MASTER, **FAST, **LONG, model__fp8="tensorwise")
 ours("ours_fp8_rowwise", BIG, "gpt2_3b6", states="fp8 linears (rowwise), " + MASTER, **FAST, **LONG, model__fp8="rowwise")
+ours("ours_32", "3.56B full zh, 32,768 tokens at once: more than the card holds", "gpt2_3b6", rows=32, states=MASTER, **FAST)
 PARTS = "3.56B full zh, one part left out"
 ours("ours_uncompiled", PARTS, "gpt2_3b6", states=MASTER, **FAST, rows=8, accumulate=2, model__compile=False)
 ours("ours_sdpa", PARTS, "gpt2_3b6", states=MASTER, **FAST, rows=8, accumulate=2, model__attention="sdpa")
@@ -115,6 +116,7 @@ for model, title in (("gpt2_3b6", "3.56B"), ("qwen3_4b", "Qwen3-4B-type")):
     short, group = model.split("_")[0], f"{title} LoRA r=16 zh, 16,384 tokens a step"
     ours(f"{short}_lora", group, model, states="bf16 base, LoRA", **FAST, model__lora=LORA)
     ours(f"{short}_lora_20gb", group, model, rows=2, accumulate=8, states="bf16 base, LoRA", **FAST, model__lora=LORA)
+    ours(f"{short}_lora_20gb_budget", group, model, rows=4, accumulate=4, states="bf16 base, LoRA", **FAST, model__lora=LORA, model__activation_budget=0.7)
     peer(f"{short}_lora_hf", group, model, lora=True, states="bf16 base, fp32 LoRA, autocast")
     peer(f"{short}_lora_hf_20gb", group, model, lora=True, rows=2, accumulate=8, states="bf16 base, fp32 LoRA, autocast")
     peer(f"{short}_lora_hf_varlen", group, model, lora=True, batch="flat", tuned=True, states="bf16 base, fp32 LoRA, autocast")

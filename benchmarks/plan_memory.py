@@ -9,7 +9,7 @@ form reads that record, not the formulas of today, and rows of `benchmarks/gpu.p
 measured reserved memory; a row that ran out of memory has no peak, and is right where the prediction was that it would; one
 that failed otherwise says nothing. Host memory is compared where the row has it.
 
-Rows are those of `benchmarks/gpu.py`; `ours_32` is its row `ours` with 32 rows at once, which it does not have.
+Rows are those of `benchmarks/gpu.py`.
 """
 
 import argparse
@@ -36,6 +36,7 @@ CONFIGURATIONS = {
     **{f"ours_offload_{rows}": dict(config=BIG, micro_batch=rows, strategy="zero3_offload", checkpointing=True) for rows in (4, 8, 32, 64)},
     "gpt2_lora": dict(config=BIG, micro_batch=16, lora=16, **ALONE),
     "gpt2_lora_20gb": dict(config=BIG, micro_batch=2, lora=16, **ALONE),
+    "gpt2_lora_20gb_budget": dict(config=BIG, micro_batch=4, lora=16, activation_budget=0.7, **ALONE),
     "qwen3": dict(config=QWEN3, micro_batch=16, **ALONE),
     "qwen3_8x2": dict(config=QWEN3, micro_batch=8, **ALONE),
     "bert": dict(config=BERT, micro_batch=128, length=512, auto="AutoModelForMaskedLM", **ALONE),
