@@ -116,7 +116,8 @@ for model, title in (("gpt2_3b6", "3.56B"), ("qwen3_4b", "Qwen3-4B-type")):
     short, group = model.split("_")[0], f"{title} LoRA r=16 zh, 16,384 tokens a step"
     ours(f"{short}_lora", group, model, states="bf16 base, LoRA", **FAST, model__lora=LORA)
     ours(f"{short}_lora_20gb", group, model, rows=2, accumulate=8, states="bf16 base, LoRA", **FAST, model__lora=LORA)
-    ours(f"{short}_lora_20gb_budget", group, model, rows=4, accumulate=4, states="bf16 base, LoRA", **FAST, model__lora=LORA, model__activation_budget=0.7)
+    four = dict(rows=4, accumulate=4, model__activation_budget=0.7)
+    ours(f"{short}_lora_20gb_budget", group, model, states="bf16 base, LoRA", **FAST, model__lora=LORA, **four)
     peer(f"{short}_lora_hf", group, model, lora=True, states="bf16 base, fp32 LoRA, autocast")
     peer(f"{short}_lora_hf_20gb", group, model, lora=True, rows=2, accumulate=8, states="bf16 base, fp32 LoRA, autocast")
     peer(f"{short}_lora_hf_varlen", group, model, lora=True, batch="flat", tuned=True, states="bf16 base, fp32 LoRA, autocast")
