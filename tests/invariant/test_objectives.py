@@ -191,7 +191,7 @@ def test_rows_can_be_looked_at_before_training(folder):
 def test_scores_with_a_learned_bias_get_kernels_or_the_models_lines(monkeypatch, capsys, triton, width, found):
     "On an accelerator in 16 bits; float32, another model, and what was asked for stay."
     monkeypatch.setattr("fengshen.training.kinds.device_kind", lambda: "cuda")
-    monkeypatch.setattr("fengshen.utils.kernels.biased.has_triton_package", lambda: triton)
+    monkeypatch.setattr("fengshen.utils.kernels.biased.TRITON", triton)
     small = dict(vocab_size=40, d_model=16, d_kv=width, d_ff=16, num_layers=1, num_heads=2)
     t5, bart = T5ForConditionalGeneration(T5Config(**small)), BartForConditionalGeneration(BartConfig(vocab_size=40, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16, decoder_ffn_dim=16))
     ways = [(t5, "auto", torch.bfloat16), (t5, "auto", torch.float32), (t5, "sdpa", torch.bfloat16), (bart, "auto", torch.bfloat16)]
