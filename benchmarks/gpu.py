@@ -16,7 +16,7 @@ of which the answers are scored. `tokens_per_second` counts real tokens, no padd
 is the model's arithmetic (see `gpu_data.arithmetic`) to a bfloat16 matrix product of 8192^3 timed in the same round, and `mfu_989` to the
 device's nominal 989 TFLOP/s. Memory is torch's peak on the device, reserved and allocated, in GiB; `host_gib` is what the machine's used
 memory rose by. `first_step_s` is the time from the start of the process to the end of the first optimizer step. --smoke runs the same on a
-CPU with tiny models in float32, to know that it works.
+CPU with tiny models in float32, to know that it works, and writes no file but one that --out names.
 """
 
 import argparse
@@ -445,8 +445,9 @@ def measure_all(options, data):
                 return
             row = measure(name, data, facts, options.smoke, options.timeout)
             print(json.dumps(row), flush=True)
-            with open(options.out, "a", encoding="utf8") as f:
-                f.write(json.dumps(row) + "\n")
+            if options.out:
+                with open(options.out, "a", encoding="utf8") as f:
+                    f.write(json.dumps(row) + "\n")
 
 
 def main():
@@ -459,10 +460,11 @@ def main():
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--timeout", type=int, default=300)
     parser.add_argument("--minutes", type=float, default=float("inf"))
-    parser.add_argument("--out", default=str(HERE / "results" / "gpu.jsonl"))
+    parser.add_argument("--out")
     for flag in ("smoke", "list", "table"):
         parser.add_argument(f"--{flag}", action="store_true")
     options = parser.parse_args()
+    options.out = options.out or ("" if options.smoke else str(HERE / "results" / "gpu.jsonl"))
     if options.list:
         return print("\n".join(f"{name:24} {ROWS[name]['group']}" for name in chosen(options)))
     if options.table:

@@ -10,7 +10,7 @@ norm (of the gradients), compiled (what the compiler fused), copies, other. `idl
 which the next kernel had not been ordered when the one before it ended: the host was late. Recording slows the host down, so that
 `late_ms` is an upper bound; `step_ms` less the parts is the truth. `kernels` are the largest ones, `gaps` the longest waits, with the
 kernels before and after; `calls` are the driver's calls in which the host spent most of its time, waiting or not. --smoke records
-a CPU's operations instead, to know that it works.
+a CPU's operations instead, to know that it works, and writes no file but one that --out names.
 """
 
 import argparse
@@ -193,10 +193,11 @@ def main():
     parser.add_argument("--data")
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--timeout", type=int, default=200)
-    parser.add_argument("--out", default=str(HERE / "results" / "gpu_profile.jsonl"))
+    parser.add_argument("--out")
     for flag in ("smoke", "table"):
         parser.add_argument(f"--{flag}", action="store_true")
     options = parser.parse_args()
+    options.out = options.out or ("" if options.smoke else str(HERE / "results" / "gpu_profile.jsonl"))
     if options.table:
         return print(table(options.out))
     unknown = [name for name in options.only if gpu.ROWS.get(name, {}).get("side") != "ours"]
@@ -210,8 +211,9 @@ def main():
         for name in options.only:
             row = measure(name, options.data or folder, options.smoke, options.timeout)
             print(json.dumps(row), flush=True)
-            with open(options.out, "a", encoding="utf8") as f:
-                f.write(json.dumps(row) + "\n")
+            if options.out:
+                with open(options.out, "a", encoding="utf8") as f:
+                    f.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

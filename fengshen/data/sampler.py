@@ -261,10 +261,11 @@ class Turn:
         self.told = True
         self.go.set()
 
-    def wait(self):
-        "Until the next item may be made."
+    def wait(self, over):
+        "Until the next item may be made, or until `over()` says that no more is wanted."
         if self.told and self.patience > 0:
-            self.go.wait()
+            while not self.go.wait(0.1) and not over():
+                pass
             self.go.clear()
 
 # %% ../../nbs/api/data/sampler.ipynb #8e296a06
@@ -369,8 +370,11 @@ def read_ahead(
     turn = turn or Turn()
     made, stop = queue.Queue(1), threading.Event()
 
+    def over():
+        return stop.is_set() or not threading.main_thread().is_alive()
+
     def give(item):
-        while not stop.is_set():
+        while not over():
             try:
                 return made.put(item, timeout=0.1)
             except queue.Full:
@@ -380,14 +384,14 @@ def read_ahead(
         try:
             for item in items:
                 give((item, None))
-                turn.wait()
-                if stop.is_set():
+                turn.wait(over)
+                if over():
                     return
             give((None, StopIteration))
         except BaseException as e:  # raised again where the items are taken
             give((None, e))
 
-    threading.Thread(target=work, name="read-ahead", daemon=True).start()
+    threading.Thread(target=work, name="read-ahead").start()
     try:
         found = made.get()
         while found[1] is None:

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import subprocess
+import sys
 import threading
 import time
 
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 from fengshen.data.batch import pad_rows
 from fengshen.data.blend import Blend, Permutation
 from fengshen.data.sampler import EvalLoader, GlobalBatchSampler, TrainLoader, bare, by_length, epoch_order, mixed
+from tests.training_runs import environment
 
 settings.register_profile("house", deadline=None)  # a loaded machine is not a failure
 settings.load_profile("house")
@@ -447,3 +450,33 @@ def test_a_loader_that_is_late_goes_back_to_working_ahead():
     first, ready = next(stream), len(told.made)
     reach(told, min(30, ready + 1))
     assert [first, *stream] == list(Told(30).loader)[20:]
+
+
+BUSY = """
+import builtins, sys, time
+import torch
+from fengshen.data.sampler import Turn, read_ahead
+
+def items():
+    while True:
+        yield 0
+        end = time.perf_counter() + 0.5
+        while time.perf_counter() < end:
+            (torch.ones(64, 64) @ torch.ones(64, 64)).clamp(0, 1)
+
+turn = Turn()
+if "waiting" in sys.argv:
+    turn.begin()
+builtins.kept = read_ahead(items(), turn)  # nobody closes it
+next(builtins.kept)
+time.sleep(0.2)
+if "raising" in sys.argv:
+    raise ValueError("the end")
+"""
+
+
+@pytest.mark.parametrize("how, status", [("busy", 0), ("waiting", 0), ("raising", 1)])
+def test_a_program_ends_while_a_thread_reads_ahead(how, status):
+    "Torn out of torch's code, the thread would abort the process."
+    done = subprocess.run([sys.executable, "-c", BUSY, how], capture_output=True, text=True, timeout=60, env=environment())
+    assert done.returncode == status and "terminate" not in done.stderr, done.stderr
