@@ -126,3 +126,14 @@ def weights_apart(a, b):
     "Largest difference of two sets of weights; the names and shapes have to be the same."
     assert {k: v.shape for k, v in a.items()} == {k: v.shape for k, v in b.items()}
     return max(float((a[k].detach().float() - b[k].detach().float()).abs().max()) for k in a)
+
+
+def same(a, b):
+    "Whether two nestings of tensors are equal to the bit."
+    import torch
+
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b

@@ -116,11 +116,12 @@ def attention_of(
     "What to give transformers as `attn_implementation`. Only rows of causal models are packed; the other kinds keep their model's own attention unless one is asked for, and a MegatronBERT gets BERT's."
     if name == "causal":
         return choose_attention(model.config, asked, dtype)
-    wanted, model = pick("attention", asked, UNPACKED), one_kernel(model)
+    wanted, written = pick("attention", asked, UNPACKED), model.config._attn_implementation
+    own = "the model's own" if one_kernel(model).config._attn_implementation == written else "in one kernel; transformers' code for this model writes the scores out"
     if wanted is None and model.config._attn_implementation == "sdpa" and dtype != torch.float32 and device_kind() != "cpu" and biased(model):
         obstacle = why_not_biased(head_width(model.config))
         return choice("attention", "eager" if obstacle else register_biased(), "its scores get a learned bias" + (f", and {obstacle}" if obstacle else ", for which there are kernels"))
-    return choice("attention", model.config._attn_implementation, "the model's own") if wanted is None else choice("attention", wanted, "asked for")
+    return choice("attention", model.config._attn_implementation, own) if wanted is None else choice("attention", wanted, "asked for")
 
 # %% ../../nbs/api/training/kinds.ipynb #31c45cc5
 CANDIDATES = ("cls.predictions", "lm_head")  # where masked models have theirs

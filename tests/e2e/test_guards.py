@@ -9,7 +9,7 @@ from fengshen.training.checkpoint import checkpoints
 from fengshen.training.weights import read_weights
 from tests import poison
 from tests.poison import LINE, marked_pairs
-from tests.training_runs import QUIET, apart, cli, fit, fit_here, flags, here, read, series, tiny_config, weights, weights_apart
+from tests.training_runs import QUIET, apart, cli, fit, fit_here, flags, here, read, same, series, tiny_config, weights, weights_apart
 
 BAD = 8  # the optimizer step whose samples hold the marked line, with these settings
 STEPS = 11
@@ -49,15 +49,6 @@ def refused(run_dir, settings, recipe="demo"):
 
 def state(run_dir, step):
     return torch.load(run_dir / "checkpoints" / f"step-{step:08d}" / "state.ckpt", weights_only=True)
-
-
-def same(a, b):
-    "Whether two nestings of tensors are equal to the bit."
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 
 def finite(run_dir):

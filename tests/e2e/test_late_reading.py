@@ -8,7 +8,7 @@ from fengshen.training.callbacks import Recorder
 from fengshen.training.module import LanguageModelModule
 from fengshen.training.totals import Totals
 from tests.poison import marked_pairs
-from tests.training_runs import QUIET, fit_here, flags, here, read, series, tiny_config
+from tests.training_runs import QUIET, fit_here, flags, here, read, same, series, tiny_config
 
 BAD, STEPS = 8, 11  # as in test_guards
 CLOCK = ("time", "tokens_per_second", "memory_gib", "eta_seconds", "data_wait")
@@ -47,14 +47,6 @@ def timeless(run):
 def events(run):
     path = run / "guards.jsonl"
     return path.read_text("utf8") if path.exists() else ""
-
-
-def same(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 
 def states(run):
