@@ -148,6 +148,13 @@ for name, model, recipe, batch, rows in (
     peer(f"{name}_hf", group, model, batch=batch, rows=rows, steps=30)
     peer(f"{name}_hf_eager", group, model, batch=batch, rows=rows, steps=30, compile=False)
 
+TWO = "two GPUs, as many tokens a step on each as on one"
+for strategy, states in (("ddp", MIXED), ("zero2", "ZeRO-2"), ("zero3", "ZeRO-3")):
+    ours(f"two_{strategy}", f"3.56B full zh, {TWO}", "gpt2_3b6", states=states, trainer__devices=2, trainer__strategy=strategy)
+DDP = SHORT | dict(rows=32, trainer__strategy="ddp")
+ours("one_110m_ddp", f"gpt2_110m, {TWO}", "gpt2_110m", "pretrain_gpt2", states=MIXED, **DDP)
+ours("two_110m_ddp", f"gpt2_110m, {TWO}", "gpt2_110m", "pretrain_gpt2", states=MIXED, trainer__devices=2, **DDP)
+
 MATMUL = """
 import statistics, torch
 n, times = 8192, []
@@ -206,6 +213,7 @@ def words_of(row, data, folder, smoke):
     """The command line of one of ours; `tiny`, where a row has it, are settings of its smoke run."""
     pretrain = row["recipe"].startswith("pretrain")
     tokenizer = {"pretrain_bert": "bert", "pretrain_megatron_bert": "bert", "pretrain_t5": "t5"}.get(row["recipe"], "gpt2")
+    devices = row["flags"].get("trainer.devices", 1)
     flags = {
         "model.path": None,
         "model.config": gpu_data.shape_of(row["model"], smoke),
@@ -220,11 +228,12 @@ def words_of(row, data, folder, smoke):
     if pretrain:
         flags |= {
             "data.train": f"{data}/{tokenizer}_corpus",
-            "global_batch": row["rows"],
+            "global_batch": row["rows"] * devices,
             "data.max_length": 32 if smoke else 1024 if tokenizer == "gpt2" else 512,
         }
     else:
-        flags |= {"data.train": f"{data}/{row['lengths']}.jsonl", "data.on_long": "truncate", "global_batch": row["rows"] * row["accumulate"]}
+        batch = row["rows"] * row["accumulate"] * devices
+        flags |= {"data.train": f"{data}/{row['lengths']}.jsonl", "data.on_long": "truncate", "global_batch": batch}
     flags |= row["flags"]
     if pretrain:
         del flags["model.path"], flags["trainer.accumulate_grad_batches"]
@@ -232,11 +241,9 @@ def words_of(row, data, folder, smoke):
         flags |= {"data.row_length": 128} if "data.row_length" in flags else {}
         precision = "bf16-mixed" if row["flags"].get("model.optimizer.kind") == "host_adamw" else "32-true"
         flags |= {"trainer.max_steps": 3, "trainer.precision": precision} | ({} if pretrain else {"data.max_length": 64})
-        flags |= (
-            {"global_batch": 2, "data.micro_batch": 2}
-            if pretrain
-            else {"global_batch": 2 * min(row["accumulate"], 2), "data.micro_batch": 2, "trainer.accumulate_grad_batches": min(row["accumulate"], 2)}
-        )
+        accumulate = 1 if pretrain else min(row["accumulate"], 2)
+        flags |= {"global_batch": 2 * devices * accumulate, "data.micro_batch": 2}
+        flags |= {} if pretrain else {"trainer.accumulate_grad_batches": accumulate}
         flags |= row.get("tiny", {})
     return ["-c", row["recipe"], *[f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in flags.items()]]
 

@@ -16,7 +16,6 @@ from functools import partial
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from transformers.optimization import get_scheduler
 
 from ..utils.core import choice, explain, need, pick, say
 from ..utils.device import device_kind, has_device_compiler
@@ -297,6 +296,8 @@ def build_schedule(
     total_steps,  # Optimizer steps of the run
 ) -> LambdaLR:
     "The schedule, without a word."
+    from transformers.optimization import get_scheduler  # here: it imports peft, and with that bitsandbytes, a quarter of a program's start
+
     warmup, total = schedule_lengths(config, total_steps)
     options = schedule_options(config, optimizer.defaults["lr"], warmup, total)
     return get_scheduler(config.kind, optimizer, warmup, total, scheduler_specific_kwargs=options)

@@ -12,7 +12,7 @@ from fengshen.models.lora import LoRAConfig, add_lora
 from fengshen.utils import device
 from fengshen.utils.device import seeded
 from fengshen.utils.kernels.compile import blocks, compile_blocks
-from fengshen.utils.kernels.four_bit import four_bit_product, from_four_bits, to_four_bits, use_four_bits, why_not_four_bit
+from fengshen.utils.kernels.four_bit import by_bitsandbytes, four_bit_product, from_four_bits, in_kernel, to_four_bits, use_four_bits, why_not_four_bit
 from tests.training_runs import cli, flags, series, tiny_config
 
 HERE = device.device_kind()
@@ -39,6 +39,14 @@ def test_the_device_reads_what_the_host_wrote(shape):
     torch.testing.assert_close(from_four_bits(packed.to(HERE), shape).cpu(), from_four_bits(packed, shape), rtol=1e-5, atol=1e-6)
     mine = from_four_bits(to_four_bits(weight.to(HERE)), shape).cpu()
     assert (mine - from_four_bits(packed, shape)).norm() < 1e-2 * weight.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 43), (96, 130), (64, 64), (1000, 1000), (3072, 9216)])
+def test_our_kernel_is_that_of_bitsandbytes(shape, dtype):
+    packed = to_four_bits(drawn(*shape).mul(10).to(HERE))
+    exact = by_bitsandbytes(packed, shape, torch.float32)
+    assert torch.equal(in_kernel(packed, shape, torch.float32), exact) and torch.equal(in_kernel(packed, shape, dtype), exact.to(dtype))
 
 
 def test_the_product_and_its_gradient():
