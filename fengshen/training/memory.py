@@ -11,6 +11,7 @@ __all__ = ['GIB', 'ASIDE', 'PLACES', 'PLAIN', 'MASTERS', 'WIDTHS', 'COUNTED', 'P
 
 # %% ../../nbs/api/training/memory.ipynb #c81e728d
 import html
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -138,7 +139,7 @@ def empty_model(
 ):
     "The model of a config, in training mode, on the meta device."
     with torch.device("meta"):
-        return auto.from_config(config, dtype=dtype).train()
+        return auto.from_config(deepcopy(config), dtype=dtype).train()  # a copy: the model writes its dtype and its attention there
 
 
 @dataclass
@@ -451,9 +452,7 @@ def kept_or_formula(
 ) -> tuple:
     "(Kept, how it was found); a model is followed once for each shape of its batches."
     key = type(config), config.to_json_string(use_diff=False), rows, length, setting.width, setting.precision, attention, auto
-    if key not in FOLLOWED:
-        FOLLOWED[key] = follow(config, rows, length, setting, attention, auto)
-    return FOLLOWED[key]
+    return FOLLOWED[key] if key in FOLLOWED else FOLLOWED.setdefault(key, follow(config, rows, length, setting, attention, auto))
 
 
 FOLLOWED = {}

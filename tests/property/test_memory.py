@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, Qwen3Config
 
-from fengshen.training.memory import GIB, count, empty_model, estimate, kept, layout_of
+from fengshen.training.memory import COUNTED, GIB, count, empty_model, estimate, kept, layout_of
 from tests.training_runs import environment, fit, tiny_config
 
 SMALL = dict(
@@ -149,6 +149,13 @@ def test_float32_weights_of_the_optimizer_are_counted_to_the_byte(name):
     host = estimate(SMALL[name], optimizer="host_adamw", micro_batch=1, length=10)
     moved = found.part("master weights").device + found.part("optimizer").device
     assert host.part("master weights").host + host.part("optimizer").host == moved and abs(found.device - host.device - 1.02 * moved) < 2
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_configuration_stays_as_it_was(name):
+    config, before = SMALL[name], SMALL[name].to_json_string(use_diff=False)
+    estimate(config, optimizer="master_adamw", compiled=True, micro_batch=1, length=11)
+    assert config.to_json_string(use_diff=False) == before and config._attn_implementation != COUNTED
 
 
 @settings(max_examples=10, deadline=None)
