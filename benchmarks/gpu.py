@@ -86,7 +86,9 @@ ours("ours_mixed", BIG, "gpt2_3b6", states=MIXED, **FAST, model__optimizer__kind
 ours("ours_zero2", BIG, "gpt2_3b6", states="ZeRO-2", trainer__strategy="zero2")
 ours("ours_fp8", BIG, "gpt2_3b6", states="fp8 linears, " + MASTER, **FAST, **LONG, model__fp8="tensorwise")
 ours("ours_fp8_rowwise", BIG, "gpt2_3b6", states="fp8 linears (rowwise), " + MASTER, **FAST, **LONG, model__fp8="rowwise")
-ours("ours_32", "3.56B full zh, 32,768 tokens at once: more than the card holds", "gpt2_3b6", rows=32, states=MASTER, **FAST)
+TWICE = "3.56B full zh, 32,768 tokens at once"
+ours("ours_32", TWICE, "gpt2_3b6", rows=32, states=MASTER, **FAST, model__gradient_checkpointing=False)
+ours("ours_32_auto", TWICE, "gpt2_3b6", rows=32, states=MASTER, **FAST)
 PARTS = "3.56B full zh, one part left out"
 ours("ours_uncompiled", PARTS, "gpt2_3b6", states=MASTER, **FAST, rows=8, accumulate=2, model__compile=False)
 ours("ours_sdpa", PARTS, "gpt2_3b6", states=MASTER, **FAST, rows=8, accumulate=2, model__attention="sdpa")
@@ -143,6 +145,8 @@ for name, model, recipe, batch, rows in (
 ):
     group = f"{model}: {recipe} from a tokenised corpus, {rows} rows"
     ours(name, group, model, recipe, rows=rows, states=MASTER, **SHORT)
+    if name == "megatron_bert":
+        ours(f"{name}_one_kernel", group, model, recipe, rows=rows, states=MASTER, **SHORT, model__attention="sdpa")
     if name != "t5":
         ours(f"{name}_fp8", group, model, recipe, rows=rows, states="fp8 linears, " + MASTER, **SHORT, model__fp8="tensorwise")
     peer(f"{name}_hf", group, model, batch=batch, rows=rows, steps=30)
@@ -343,6 +347,7 @@ def share(row, name_of_lengths, data, rate, peak, smoke):
     lengths = [length] if pretrain else gpu_data.documents(data, name_of_lengths)[1]
     adapter = bool(row["flags"].get("model.lora") if row["side"] == "ours" else row["case"].get("lora"))
     work = gpu_data.arithmetic(gpu_data.shape_of(row["model"], smoke), lengths, adapter)
+    rate /= row["flags"].get("trainer.devices", 1) if row["side"] == "ours" else 1
     return dict(mfu=round(rate * work / peak / 1e12, 3), mfu_989=round(rate * work / 989e12, 3)) if work and peak else {}
 
 
@@ -420,14 +425,13 @@ def newest(rows):
 
 
 def table(file):
-    """The file as markdown, a table a group: the newest figures of each row, compared with the peers of the same call where it had any."""
+    """The file as markdown, a table a group: the newest figures of each row, compared with the peers of the same call."""
     every = [json.loads(text) for text in Path(file).read_text("utf8").splitlines()]
     rows, parts = medians(newest(every)), []
     for group in dict.fromkeys(row["group"] for row in rows.values()):
         members, body = [row for row in rows.values() if row["group"] == group], []
         for row in members:
-            beside = medians([other for other in every if other["group"] == group and other.get("call") == row.get("call")]).values()
-            others = beside if fastest(beside) else members
+            others = medians([other for other in every if other["group"] == group and other.get("call") == row.get("call")]).values()
             body.append(line(row, fastest(others), fastest(others, stock=True)))
         parts.append(f"### {group}\n\n" + "\n".join("| " + " | ".join(cells) + " |" for cells in (HEAD, ["---"] * len(HEAD), *body)))
     return "\n\n".join(parts)

@@ -117,7 +117,7 @@ def attention_of(
     if name == "causal":
         return choose_attention(model.config, asked, dtype)
     wanted, written = pick("attention", asked, UNPACKED), model.config._attn_implementation
-    own = "the model's own" if one_kernel(model).config._attn_implementation == written else "in one kernel; transformers' code for this model writes the scores out"
+    own = "the model's own" if one_kernel(model, wanted == "sdpa").config._attn_implementation == written else "in one kernel; transformers' code for this model writes the scores out"
     if wanted is None and model.config._attn_implementation == "sdpa" and dtype != torch.float32 and device_kind() != "cpu" and biased(model):
         obstacle = why_not_biased(head_width(model.config))
         return choice("attention", "eager" if obstacle else register_biased(), "its scores get a learned bias" + (f", and {obstacle}" if obstacle else ", for which there are kernels"))
