@@ -12,7 +12,15 @@ from fengshen.models.lora import LoRAConfig, add_lora
 from fengshen.utils import device
 from fengshen.utils.device import seeded
 from fengshen.utils.kernels.compile import blocks, compile_blocks
-from fengshen.utils.kernels.four_bit import by_bitsandbytes, four_bit_product, from_four_bits, in_kernel, to_four_bits, use_four_bits, why_not_four_bit
+from fengshen.utils.kernels.four_bit import (
+    by_bitsandbytes,
+    four_bit_product,
+    from_four_bits,
+    in_kernel,
+    to_four_bits,
+    use_four_bits,
+    why_not_four_bit,
+)
 from tests.training_runs import cli, flags, series, tiny_config
 
 HERE = device.device_kind()
