@@ -296,7 +296,7 @@ def build_schedule(
     total_steps,  # Optimizer steps of the run
 ) -> LambdaLR:
     "The schedule, without a word."
-    from transformers.optimization import get_scheduler  # here: it imports peft, and with that bitsandbytes, a quarter of a program's start
+    from transformers.optimization import get_scheduler  # here: it imports peft and bitsandbytes where they are, which only training needs
 
     warmup, total = schedule_lengths(config, total_steps)
     options = schedule_options(config, optimizer.defaults["lr"], warmup, total)

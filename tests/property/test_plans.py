@@ -26,14 +26,15 @@ def rows_of(root, name):
 def test_measured_shares_are_those_of_the_records(root):
     "A row that names a record has its speed, on the card and the model it was measured with: that of the newest run of that name."
     card, small = card_of("h200"), dict(model_type="gpt2", vocab_size=50304, n_embd=768, n_layer=12, n_head=12)
-    steps = dict(ours=(16, 1), gpt2_110m=(32, 1), gpt2_lora_20gb=(2, 8), ours_fp8=(16, 1), ours_host=(16, 4), ours_zero3=(8, 2), default_single=(8, 2), default=(8, 2), offload=(8, 8))
+    steps = dict(ours=(16, 1), ours_80gb_nine_tenths=(8, 2), gpt2_110m=(32, 1), gpt2_lora_20gb=(2, 8), gpt2_lora_20gb_budget=(4, 4), ours_fp8=(16, 1), ours_host=(16, 4), ours_zero3=(8, 2), two_zero2=(16, 1, 2),
+                 default_single=(8, 2), offload=(8, 8))
     named = [rate for rate in RATES if rate.card]
     for rate in named:
         file, name = rate.where.partition(":")[0].split(", ")
         runs = [row for row in rows_of(root, file.removeprefix("benchmarks/results/")) if row["name"] == name and "tokens_per_second" in row]
         work = work_of(small if rate.parameters < 1e9 else "fengshen:models/gpt2_3.5b.json", lora=16 if rate.lora else None)
-        micro, times = steps[name]
-        assert speed(rate, work, card, 1024 * micro, times) == pytest.approx(runs[-1]["tokens_per_second"], rel=0.05), rate
+        micro, *times = steps[name]
+        assert speed(rate, work, card, 1024 * micro, *times) == pytest.approx(runs[-1]["tokens_per_second"], rel=0.05), rate
     assert len(named) >= 8
 
 
@@ -43,6 +44,8 @@ def test_every_row_says_where_it_is_from(root):
         assert not rate.card or rate.card in {card.name for card in CARDS.values()} and (root / rate.where.partition(",")[0].partition(":")[0]).exists()
         assert 0 < share_of(rate, 1e8) <= rate.share * (1 + 1e-9) and share_of(rate, rate.parameters) == pytest.approx(rate.share)
     assert [rate.way for rate in rates_for(3e9, lora=True)] == [rate.way for rate in rates_for(3e9)]
+    whole, adapter = ({rate.way: rate.share for rate in rates_for(3.56e9, lora=lora)} for lora in (False, True))
+    assert all(adapter[way] < whole[way] for way in whole)  # small products beside the large ones
     assert rates_for(3e9, lora=True, strategy="auto")[0].lora and not any(rate.fp8 for rate in rates_for(3e9)) and any(rate.fp8 for rate in rates_for(3e9, fp8=True))
     assert all(card.peak and card.gib > 10 for card in CARDS.values())
 
