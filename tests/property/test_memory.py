@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, Qwen3Config
 
-from fengshen.training.memory import COUNTED, GIB, count, empty_model, estimate, kept, layout_of
+from fengshen.training.memory import COUNTED, DEAR, GIB, count, empty_model, estimate, kept, layout_of
+from fengshen.utils.kernels.compile import blocks
 from tests.training_runs import environment, fit, tiny_config
 
 SMALL = dict(
@@ -156,6 +157,31 @@ def test_a_configuration_stays_as_it_was(name):
     config, before = SMALL[name], SMALL[name].to_json_string(use_diff=False)
     estimate(config, optimizer="master_adamw", compiled=True, micro_batch=1, length=11)
     assert config.to_json_string(use_diff=False) == before and config._attn_implementation != COUNTED
+
+
+def kept_by_torch(block, x_bld, budget, **given):
+    "Bytes that a block compiled under a budget keeps for its backward pass, by torch's own partitioner; its input is one of them."
+    torch._dynamo.reset()
+    kept_here, weights = {}, {p.untyped_storage()._cdata for p in block.parameters()}
+
+    def pack(tensor):
+        kept_here[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch._functorch.config.patch(activation_memory_budget=budget), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        torch.compile(block, backend="aot_eager_decomp_partition")(x_bld, **given)
+    return sum(t.untyped_storage().nbytes() for name, t in kept_here.items() if name not in weights)
+
+
+@pytest.mark.parametrize("name, most", [("gpt2", DEAR), ("qwen3", 0.69)])
+def test_torch_keeps_as_much_as_is_counted_on_below_a_budget_of_one(name, most):
+    width = dict(gpt2=GPT2Config(n_embd=256, n_head=4, n_layer=1, vocab_size=300, n_positions=256, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0),
+                 qwen3=Qwen3Config(hidden_size=256, intermediate_size=972, num_hidden_layers=1, num_attention_heads=8, num_key_value_heads=2, head_dim=32, vocab_size=300))
+    model = AutoModelForCausalLM.from_config(width[name], dtype=torch.bfloat16, attn_implementation="sdpa").train()
+    x_bld = torch.randn(1, 256, 256, dtype=torch.bfloat16, requires_grad=True)
+    given = dict(position_embeddings=model.model.rotary_emb(x_bld, torch.arange(256)[None]), attention_mask=None) if name == "qwen3" else {}
+    everything, most_of_it, as_much = (kept_by_torch(blocks(model)[0], x_bld, budget, **given) - x_bld.nbytes for budget in (1.0, 0.95, 0.8))
+    assert most_of_it == as_much and most - 0.04 < most_of_it / everything < most + 0.01
 
 
 @settings(max_examples=10, deadline=None)
