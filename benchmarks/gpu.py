@@ -23,6 +23,7 @@ import argparse
 import fnmatch
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -289,7 +290,9 @@ def of_peer(log):
 def reason(log, status, timeout):
     """One line on why there are no figures."""
     if status is None:
-        return f"not finished in {timeout} s"
+        _, _, where = log.rpartition("Current thread")  # what Python's fault handler said when it was told to stop
+        calls = [f"{Path(file).name}:{line} {name}" for file, line, name in re.findall(r'File "(.*?)", line (\d+),? in (\S+)', where)]
+        return f"not finished in {timeout} s" + (f"; it was in {' < '.join(calls[:8])}" if calls else "")
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     told = [line for line in lines if "Error" in line or line.startswith("fengshen fit:")]
     return (told or lines or [f"exit status {status}"])[-1][:400]
@@ -309,12 +312,16 @@ def execute(row, data, folder, smoke, timeout):
     watch.start()
     with open(Path(folder, "log"), "w+") as log:
         environment = dict(FENGSHEN_CACHE=f"{tempfile.gettempdir()}/fengshen-gpu") | os.environ
+        environment["PYTHONFAULTHANDLER"] = "1"
         environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
         process = subprocess.Popen(command(row, data, folder, smoke, started), stdout=log, stderr=log, start_new_session=True, env=environment)
         try:
             status = process.wait(timeout)
         except subprocess.TimeoutExpired:
             status = None
+            process.send_signal(signal.SIGABRT)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(10)
         finally:
             end(process)
             watch.ended.set()

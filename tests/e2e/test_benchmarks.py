@@ -44,8 +44,9 @@ def test_a_peer_of_the_gpu_table_at_a_tiny_size(gpu, tmp_path):
 
 
 def test_a_configuration_of_the_gpu_table_that_fails_is_a_row(gpu, tmp_path, monkeypatch):
-    "What a process says last of its error, or that its time was up; a name that nothing has is refused before anything runs."
-    for code, timeout, told in (("raise ValueError('out of memory')", 60, "ValueError: out of memory"), ("import time; time.sleep(60)", 0.1, "not finished in 0.1 s")):
+    "What a process says last of its error, or that its time was up, and where it was then; a name that nothing has is refused before anything runs."
+    late = "not finished in 5 s; it was in <string>:3 wait < <string>:4 <module>"
+    for code, timeout, told in (("raise ValueError('out of memory')", 60, "ValueError: out of memory"), ("import time\ndef wait():\n time.sleep(60)\nwait()", 5, late)):
         monkeypatch.setattr(gpu, "command", lambda *args, code=code: [sys.executable, "-c", code])
         row = gpu.measure("hf_packed", tmp_path, {}, timeout=timeout)
         assert row["error"] == told and "tokens_per_second" not in row
