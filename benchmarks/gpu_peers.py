@@ -6,7 +6,8 @@ usage: python benchmarks/gpu_peers.py '{"trainer": "hf", "model": "gpt2_3b6", "b
 says how documents become rows: packed (several a row of 1,024, `position_ids` tell them apart), flat (the same rows as one, and attention
 by document), padded (to the longest of a batch, batches by length), windows (of a corpus, 1,024 tokens, no padding), masked and spans
 (random ids, as many as a row has, for BERT and T5). Rows are packed as this library packs them, and questions are not scored, so that both
-sides learn the same. The last line on stdout is `RESULT` and JSON.
+sides learn the same. Peers that are compiled are compiled block by block, as one program takes minutes. The last line on stdout is `RESULT`
+and JSON.
 """
 
 import json
@@ -28,6 +29,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig,
 
 from fengshen.data.packing import pack
 
+os.environ.setdefault("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 VARLEN = "by_document"
