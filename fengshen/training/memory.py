@@ -256,7 +256,8 @@ def states(self: Setting) -> list:
     if layout.stage < 3 and (layout.stage == 1 or layout.optimizer == "device"):
         parts.append(self.part("gradients", w * n.trained, f"{w} bytes x {n.trained:,}", 2))
     why = "float32, " + ("split over the processes" if layout.stage else "whole on each process")
-    return parts + [self.part(name, each * n.trained, why, 1, layout.optimizer) for name, each in {"gradients of the step": 4, "master weights": 4, "optimizer": 8}.items()]
+    group = layout.zero.get("sub_group_size", 10**9) * self.processes if layout.stage == 3 and layout.optimizer == "device" else n.trained  # as many have a float32 gradient at a time
+    return parts + [self.part(name, each, why, 1, layout.optimizer) for name, each in {"gradients of the step": 4 * min(group, n.trained), "master weights": 4 * n.trained, "optimizer": 8 * n.trained}.items()]
 
 # %% ../../nbs/api/training/memory.ipynb #98f13708
 COUNTED = "fengshen_counted"
