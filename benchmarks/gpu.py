@@ -24,6 +24,7 @@ import fnmatch
 import json
 import os
 import re
+import resource
 import signal
 import statistics
 import subprocess
@@ -456,6 +457,7 @@ def chosen(options):
 def measure_all(options, data):
     """Round after round, each row written as soon as it is there."""
     names, start = chosen(options), time.time()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a process whose time is up is aborted, to say where it is
     for number in range(options.rounds):
         facts = dict(round=number) | ({} if options.smoke else matmul())
         for name in names:

@@ -113,7 +113,7 @@ def attention_of(
     asked,  # model.attention
     dtype,  # dtype attention will compute in
 ) -> str:
-    "What to give transformers as `attn_implementation`. Only rows of causal models are packed; the other kinds keep their model's own attention unless one is asked for, and a MegatronBERT gets BERT's."
+    "What to give transformers as `attn_implementation`. Only rows of causal models are packed; the other kinds keep their model's own attention unless one is asked for, and a MegatronBERT with narrow heads gets BERT's."
     if name == "causal":
         return choose_attention(model.config, asked, dtype)
     wanted, written = pick("attention", asked, UNPACKED), model.config._attn_implementation

@@ -467,7 +467,7 @@ def counted(config, auto, lora) -> Counts:
 
 def follow(config, rows, length, setting, attention, auto) -> tuple:
     "As `kept_or_formula`, without its memory."
-    model = one_kernel(empty_model(config, {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[setting.width], auto))
+    model = one_kernel(empty_model(config, {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[setting.width], auto), attention == "sdpa")
     fused = attention != "eager" and (model._supports_attention_backend or model._supports_sdpa and "16" in setting.precision)  # the second are T5's kin, for whose bias there are kernels in 16 bits
     try:
         return kept(model, rows, length, setting.autocast, fused), "counted in the model's own code"

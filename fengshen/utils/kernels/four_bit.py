@@ -209,5 +209,5 @@ def why_not_four_bit(
     try:
         from_four_bits(to_four_bits(torch.ones(2, 64, device=device)), (2, 64), torch.bfloat16)
     except (RuntimeError, NotImplementedError, AttributeError) as e:
-        return f"bitsandbytes says: {str(e).strip().splitlines()[0]}"
+        return f"its kernels say: {str(e).strip().splitlines()[0]}"
     return ""
