@@ -39,6 +39,8 @@ CONFIGURATIONS = {
     "gpt2_lora_20gb_budget": dict(config=BIG, micro_batch=4, lora=16, activation_budget=0.7, **ALONE),
     "qwen3": dict(config=QWEN3, micro_batch=16, **ALONE),
     "qwen3_lora": dict(config=QWEN3, micro_batch=16, lora=16, **ALONE),
+    "qwen3_lora_20gb_budget": dict(config=QWEN3, micro_batch=4, lora=16, activation_budget=0.7, **ALONE),
+    "two_110m_ddp": dict(config=SMALL, micro_batch=32, strategy="ddp", processes=2, compiled=True),
     **{f"two_{way}": dict(config=BIG, micro_batch=16, strategy=way, processes=2, compiled=True) for way in ("ddp", "zero2", "zero3")},
     "qwen3_8x2": dict(config=QWEN3, micro_batch=8, **ALONE),
     "bert": dict(config=BERT, micro_batch=128, length=512, auto="AutoModelForMaskedLM", **ALONE),
