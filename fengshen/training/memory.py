@@ -282,7 +282,7 @@ def counted_attention(module, query_bhld, key_bhld, value_bhld, attention_mask, 
 # %% ../../nbs/api/training/memory.ipynb #b6d767d2
 PRODUCTS = {F.linear, torch.addmm, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.baddbmm, F.scaled_dot_product_attention}
 PRODUCTS |= {getattr(place, name) for place, name in ((F, "grouped_mm"), (torch, "_grouped_mm")) if hasattr(place, name)}  # experts; the name depends on torch's version
-DEAR = 0.625  # Of what a GPT-2's compiled block keeps, what costs a product to have again: with any budget below one torch keeps no more (Qwen3: 0.68)
+DEAR = 0.625  # Of what a GPT-2's compiled block keeps, what costs a product to have again: with any budget below one torch keeps no more (Qwen3 0.68, Llama and BERT 0.70)
 IN_FLOAT32 = {F.layer_norm, F.rms_norm, F.softmax, torch.softmax, torch.Tensor.softmax, torch.pow, torch.Tensor.pow, torch.rsqrt}
 
 

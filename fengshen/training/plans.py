@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['CARDS', 'EIGHT', 'SIZES', 'GPU', 'FIRST', 'TWICE', 'RATES', 'BASE', 'BEYOND', 'SHOWN', 'NOTES', 'Card', 'known',
-           'card_of', 'Rate', 'share_of', 'Work', 'work_of', 'speed', 'rates_for', 'Ask', 'flags_of', 'told', 'scaled',
-           'row_of', 'order', 'beyond', 'changes', 'Plans', 'shown', 'notes_of', 'ask_for', 'plans', 'presets']
+           'card_of', 'Rate', 'base_share', 'share_of', 'Work', 'work_of', 'speed', 'rates_for', 'Ask', 'flags_of',
+           'told', 'scaled', 'row_of', 'order', 'beyond', 'changes', 'Plans', 'shown', 'notes_of', 'ask_for', 'plans',
+           'presets']
 
 # %% ../../nbs/api/training/plans.ipynb #3b8ef964
 import html
@@ -93,10 +94,10 @@ RATES = [
     Rate("auto", False, "master_adamw", 0.558, f"{GPU}, ours: 24,620 tokens/s", per_micro=0.0036, card="H200"),
     Rate("auto", False, "master_adamw", 0.400, f"{GPU}, gpt2_110m: 495,976 tokens/s", parameters=1.24e8, card="H200"),
     Rate("auto", False, "master_adamw", 0.467, f"{GPU}, gpt2_lora_20gb: 27,988 tokens/s with 2 rows at once", lora=True, per_micro=0.0021, card="H200"),
-    Rate("auto", False, "master_adamw", 0.708, f"{GPU}, ours_fp8: 32,000 tokens/s", fp8=True, card="H200"),
+    Rate("auto", False, "master_adamw", 0.722, f"{GPU}, ours_fp8: 32,617 tokens/s", fp8=True, card="H200"),
     Rate("auto", False, "master_adamw", 0.557, f"{GPU}, ours_80gb_nine_tenths: 24,216 tokens/s", budget=0.9, per_micro=0.0036, card="H200"),
     Rate("auto", False, "master_adamw", 0.463, f"{GPU}, gpt2_lora_20gb_budget: 29,301 tokens/s with 4 rows at once", lora=True, budget=0.9, per_micro=0.0021, card="H200"),
-    Rate("auto", True, "master_adamw", 0.410, TWICE),
+    Rate("auto", True, "master_adamw", 0.418, TWICE),
     Rate("auto", False, "fused_adamw", 0.481, f"{FIRST}, default_single: 21,763 tokens/s", card="H200"),
     Rate("auto", True, "fused_adamw", 0.361, TWICE),
     Rate("auto", False, "host_adamw", 0.558, "derived: as master_adamw, with the host's time of the row with checkpointing", per_micro=0.0036, per_step=0.398),
@@ -116,14 +117,18 @@ RATES = [
 BASE = ("auto", False, "master_adamw", 1.0, False)  # the way that says how much of a card a model of some size gets
 
 
+def base_share(parameters) -> float:
+    "The share of a card's peak that a model of this size gets in the way `BASE`, between the sizes that were measured."
+    sizes, shares = zip(*sorted((row.parameters, row.share) for row in RATES if row.way == BASE and not row.lora))
+    return float(np.interp(np.log(parameters), np.log(sizes), shares))
+
+
 def share_of(
     rate,  # A Rate
     parameters,  # Of the model it is carried over to
 ) -> float:
     "The share of a card's peak that a model of this size gets in this way."
-    sizes, shares = zip(*sorted((row.parameters, row.share) for row in RATES if row.way == BASE and not row.lora))
-    base = lambda size: np.interp(np.log(size), np.log(sizes), shares)
-    return float(rate.share * base(parameters) / base(rate.parameters))
+    return rate.share * base_share(parameters) / base_share(rate.parameters)
 
 # %% ../../nbs/api/training/plans.ipynb #fa69b95a
 @dataclass
@@ -182,8 +187,9 @@ def rates_for(
         can = (sixteen or not MASTERS.get(rate.optimizer)) and rate.fp8 <= fp8 and rate.lora <= lora
         if (rate.strategy, rate.checkpointing) in asked and can and optimizer in (None, "auto", rate.optimizer):
             open_ways[rate.way] = min(rate, open_ways.get(rate.way, rate), key=distance)
-    whole, adapters = (next(rate.share for rate in RATES if rate.way == BASE and rate.lora == which) for which in (False, True))
-    return [replace(rate, share=rate.share * adapters / whole) if lora and not rate.lora else rate for rate in open_ways.values()]
+    adapters = next(rate for rate in RATES if rate.way == BASE and rate.lora)
+    frozen = adapters.share / base_share(adapters.parameters)
+    return [replace(rate, share=rate.share * frozen) if lora and not rate.lora else rate for rate in open_ways.values()]
 
 # %% ../../nbs/api/training/plans.ipynb #ad2f4cb8
 @dataclass
