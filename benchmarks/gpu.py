@@ -132,12 +132,16 @@ for model, title in (("gpt2_3b6", "3.56B"), ("qwen3_4b", "Qwen3-4B-type")):
     ours(f"{short}_qlora_10gb_budget", f"{title} QLoRA r=16 zh, 16,384 tokens a step", model, **FAST, **four, model__activation_budget=0.7)
     peer(f"{short}_qlora_hf", f"{title} QLoRA r=16 zh, 16,384 tokens a step", model, lora=True, four_bit=True, states=FOUR)
     peer(f"{short}_qlora_hf_10gb", f"{title} QLoRA r=16 zh, 16,384 tokens a step", model, lora=True, four_bit=True, rows=2, accumulate=8, states=FOUR)
+UNSLOTH = dict(lora=True, trainer="unsloth", tuned=True, states="bf16 base, fp32 LoRA, autocast")
+peer("qwen3_lora_unsloth", group, model, **UNSLOTH)
+peer("qwen3_lora_unsloth_checkpointing", group, model, checkpointing=True, **UNSLOTH)
 QWEN = "Qwen3-4B-type full zh, 16,384 tokens a step"
 ours("qwen3", QWEN, "qwen3_4b", states=MASTER, **FAST)
 ours("qwen3_8x2", QWEN, "qwen3_4b", rows=8, accumulate=2, states=MASTER, **FAST)
 peer("qwen3_hf_packed", QWEN, "qwen3_4b", rows=8, accumulate=2)
 peer("qwen3_hf_varlen", QWEN, "qwen3_4b", rows=8, accumulate=2, batch="flat", tuned=True)
 peer("qwen3_trl", QWEN, "qwen3_4b", rows=8, accumulate=2, trainer="trl", tuned=True)
+peer("qwen3_unsloth", QWEN, "qwen3_4b", rows=8, accumulate=2, trainer="unsloth", tuned=True, states="bf16 weights and moments")
 SHORT = dict(trainer__strategy="auto", steps=30, model__gradient_checkpointing=False)
 for name, model, recipe, batch, rows in (
     ("gpt2_110m", "gpt2_110m", "pretrain_gpt2", "windows", 32),

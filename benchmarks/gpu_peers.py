@@ -2,14 +2,15 @@
 
 usage: python benchmarks/gpu_peers.py '{"trainer": "hf", "model": "gpt2_3b6", "batch": "packed", "data": FOLDER, ...}'
 
-`trainer` is hf (transformers' Trainer), trl (its SFTTrainer) or lightning (DeepSpeed ZeRO-3, weights and optimizer on the host). `batch`
-says how documents become rows: packed (several a row of 1,024, `position_ids` tell them apart), flat (the same rows as one, and attention
-by document), padded (to the longest of a batch, batches by length), windows (of a corpus, 1,024 tokens, no padding), masked and spans
-(random ids, as many as a row has, for BERT and T5). Rows are packed as this library packs them, and questions are not scored, so that both
-sides learn the same. Peers that are compiled are compiled block by block, as one program takes minutes. The last line on stdout is `RESULT`
-and JSON.
+`trainer` is hf (transformers' Trainer), trl (its SFTTrainer), unsloth (its kernels, in the same SFTTrainer) or lightning (DeepSpeed ZeRO-3,
+weights and optimizer on the host). `batch` says how documents become rows: packed (several a row of 1,024, `position_ids` tell them apart),
+flat (the same rows as one, and attention by document), padded (to the longest of a batch, batches by length), windows (of a corpus, 1,024
+tokens, no padding), masked and spans (random ids, as many as a row has, for BERT and T5). Rows are packed as this library packs them, and
+questions are not scored, so that both sides learn the same. Peers that are compiled are compiled block by block, as one program takes
+minutes. The last line on stdout is `RESULT` and JSON.
 """
 
+import importlib
 import json
 import os
 import statistics
@@ -22,6 +23,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+if '"unsloth"' in "".join(sys.argv[1:]):  # it changes transformers, TRL and PEFT, and has to be imported before them
+    os.environ |= dict(HF_HUB_OFFLINE="1", UNSLOTH_DISABLE_STATISTICS="1", UNSLOTH_COMPILE_LOCATION=f"{tempfile.gettempdir()}/unsloth_compiled")
+    importlib.import_module("unsloth")
+
 import transformers
 from gpu_data import ROW, documents, shape_of
 from torch.utils.data import Dataset
@@ -365,35 +371,74 @@ def hf(case, clock, folder):
     ).train()
 
 
-def trl(case, clock, folder):
-    """TRL's SFTTrainer with its own packing (best fit), padding-free, attention by document; the batch is filled to one shape."""
+def sft(case, clock, folder, model, **more):
+    """TRL's SFTTrainer with its own packing (best fit), padding-free."""
     from datasets import Dataset as Table
     from trl import SFTConfig, SFTTrainer
-
-    from fengshen.tokenizer import load_tokenizer
 
     class Timed(Measured, SFTTrainer):
         pass
 
     Timed.clock = clock
-    found, row = Documents(case), 64 if case["smoke"] else ROW
-    table = Table.from_list([{name: found[i][name].tolist() for name in ("input_ids", "labels")} for i in range(len(found))])
-    model = build(case, torch.bfloat16 if case["lora"] and CUDA else torch.float32)
+    documents = Documents(case)
+    found = [documents[i] for i in range(len(documents))]
+    table = Table.from_list([dict(input_ids=d["input_ids"].tolist(), completion_mask=(d["labels"] != -100).int().tolist()) for d in found])
     config = SFTConfig(
         **settings(case, folder) | dict(remove_unused_columns=True),
         packing=True,
         packing_strategy="bfd",
-        max_length=row,
-        pad_to_multiple_of=row * case["rows"],
+        max_length=64 if case["smoke"] else ROW,
+        completion_only_loss=True,
         dataset_kwargs=case.get("dataset_kwargs"),
         shuffle_dataset=True,
+        **more,
     )
-    trainer = Timed(
-        model=model, args=config, train_dataset=table, processing_class=load_tokenizer(str(Path(case["data"], "gpt2"))), callbacks=[Marks(clock)]
-    )
+    trainer = Timed(model=model, args=config, train_dataset=table, processing_class=tokenizer_of(case), callbacks=[Marks(clock)])
     collate = trainer.data_collator
     trainer.data_collator = lambda items: collate(items) | dict(tokens=torch.tensor(sum(len(item["input_ids"]) for item in items)))
     trainer.train()
+
+
+def tokenizer_of(case):
+    """The tokenizer of the documents."""
+    from fengshen.tokenizer import load_tokenizer
+
+    return load_tokenizer(str(Path(case["data"], "gpt2")))
+
+
+def trl(case, clock, folder):
+    """TRL, attention by document; the batch is filled to one shape."""
+    model = build(case, torch.bfloat16 if case["lora"] and CUDA else torch.float32)
+    sft(case, clock, folder, model, pad_to_multiple_of=(64 if case["smoke"] else ROW) * case["rows"])
+
+
+def unsloth(case, clock, folder):
+    """Unsloth in TRL, as its own pages show it; it takes a model from a folder only, so that writing and reading one is part of its start."""
+    from unsloth import FastLanguageModel
+
+    place, checkpointing = f"{folder}/model", "unsloth" if case["checkpointing"] else False
+    whole = build(case | dict(lora=False, four_bit=False), torch.bfloat16)
+    whole.save_pretrained(place)
+    tokenizer_of(case).save_pretrained(place)
+    del whole
+    if CUDA:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    model, _ = FastLanguageModel.from_pretrained(
+        place,
+        max_seq_length=ROW,
+        dtype=torch.bfloat16,
+        load_in_4bit=case["four_bit"],
+        full_finetuning=not case["lora"],
+        use_gradient_checkpointing=checkpointing,
+    )
+    if case["lora"]:
+        layers = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        adapter = dict(r=16, lora_alpha=32, lora_dropout=0, bias="none", target_modules=layers)
+        model = FastLanguageModel.get_peft_model(model, **adapter, use_gradient_checkpointing=checkpointing)
+    if CUDA:
+        case["attention"] = importlib.import_module("unsloth.utils.attention_dispatch").select_attention_backend(use_varlen=True)
+    sft(case | dict(compile=False), clock, folder, model)
 
 
 def zero3(case):
@@ -484,7 +529,7 @@ def lightning(case, clock, folder):
     ).fit(Module(), DataLoader(Packed(case), batch_size=case["rows"], collate_fn=stack, num_workers=2 if CUDA else 0))
 
 
-TRAINERS = dict(hf=hf, trl=trl, lightning=lightning)
+TRAINERS = dict(hf=hf, trl=trl, unsloth=unsloth, lightning=lightning)
 
 
 def main():
@@ -494,7 +539,7 @@ def main():
     clock = Clock(case.get("started", time.time()))
     with tempfile.TemporaryDirectory() as folder:
         TRAINERS[case["trainer"]](case, clock, folder)
-    print("RESULT " + json.dumps(clock.figures(case["warm"]) | dict(attention=case["attention"])), flush=True)
+    print("RESULT " + json.dumps(clock.figures(case["warm"]) | dict(attention=case.get("attention"))), flush=True)
     os._exit(0)  # DeepSpeed and compiled workers take their time to end
 
 

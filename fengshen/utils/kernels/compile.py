@@ -18,6 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from ..core import choice, explain
 from ..device import device_kind
 from .dropout import quicken
+from .gelu import one_exponential
 
 # %% ../../../nbs/api/utils/kernels/compile.ipynb #1679091c
 def blocks(
@@ -63,8 +64,11 @@ def compile_blocks(
     functorch.activation_memory_budget = max(float(budget), 1e-6)  # read when the first block is compiled; at 0 the compiler would keep no noise either
     if budget < 1 or isinstance(inductor.joint_custom_post_pass, KeepNoise):
         inductor.joint_custom_post_pass = KeepNoise() if budget < 1 else None  # without a budget, checkpointing computes attention again and restores its noise
-    if device_kind() != "cpu" and (count := quicken(found)):
-        choice("dropout", f"by a hash in {count} layers", "torch's generator takes a fused kernel longer than its memory does")
+    if device_kind() != "cpu":
+        if count := quicken(found):
+            choice("dropout", f"by a hash in {count} layers", "torch's generator takes a fused kernel longer than its memory does")
+        if count := one_exponential(found):
+            choice("GELU", f"by one exponential in {count} layers", "torch's tanh and erf take a fused kernel longer than its memory does")
     for block in found:
         if hooked:
             block.forward = torch.compile(block.forward, dynamic=False)
