@@ -436,9 +436,12 @@ def unsloth(case, clock, folder):
         layers = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
         adapter = dict(r=16, lora_alpha=32, lora_dropout=0, bias="none", target_modules=layers)
         model = FastLanguageModel.get_peft_model(model, **adapter, use_gradient_checkpointing=checkpointing)
-    if CUDA:
-        case["attention"] = importlib.import_module("unsloth.utils.attention_dispatch").select_attention_backend(use_varlen=True)
     sft(case | dict(compile=False), clock, folder, model)
+    if CUDA and case["lora"]:
+        case["attention"] = importlib.import_module("unsloth.utils.attention_dispatch").select_attention_backend(use_varlen=True)
+    elif CUDA:  # transformers' own blocks, whose attention it takes over where it can
+        calls = importlib.import_module("unsloth.utils.hf_packed_attention").HF_PACKED_ATTENTION_STATS
+        case["attention"] = "varlen" if calls["fast"] or calls["compiled"] else "sdpa"
 
 
 def zero3(case):

@@ -18,7 +18,7 @@ def noise(
     seed_2,  # Two random int32
 ) -> torch.Tensor:
     "32 random bits for each place, int32."
-    x = place * THIRD + seed_2[0]
+    x = (place ^ seed_2[0]) * THIRD  # first of all no product: the compiler would take that for an index, and an index does not overflow
     x = (x ^ (x >> 16 & 0xFFFF)) * FIRST + seed_2[1]
     x = (x ^ (x >> 15 & 0x1FFFF)) * SECOND
     return (x ^ (x >> 16 & 0xFFFF)) * THIRD
