@@ -20,14 +20,13 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-
-if '"unsloth"' in "".join(sys.argv[1:]):  # it changes transformers, TRL and PEFT, and has to be imported before them
+if '"unsloth"' in "".join(sys.argv[1:]):  # it changes torch, transformers, TRL and PEFT, and has to be imported first
     os.environ |= dict(HF_HUB_OFFLINE="1", UNSLOTH_DISABLE_STATISTICS="1", UNSLOTH_COMPILE_LOCATION=f"{tempfile.gettempdir()}/unsloth_compiled")
     importlib.import_module("unsloth")
 
+import numpy as np
+import torch
+import torch.nn.functional as F
 import transformers
 from gpu_data import ROW, documents, shape_of
 from torch.utils.data import Dataset
@@ -413,7 +412,8 @@ def trl(case, clock, folder):
 
 
 def unsloth(case, clock, folder):
-    """Unsloth in TRL, as its own pages show it; it takes a model from a folder only, so that writing and reading one is part of its start."""
+    """Unsloth in TRL, as its own pages show it: attention by document, through xformers where it loads (torch's flash kernel), else one SDPA call
+    a document. It takes a model from a folder only, so that writing and reading one is part of its start."""
     from unsloth import FastLanguageModel
 
     place, checkpointing = f"{folder}/model", "unsloth" if case["checkpointing"] else False
