@@ -69,6 +69,17 @@ def test_every_activation_of_transformers_stays_what_it_is(name):
         torch.testing.assert_close(model.train(mode)[0](x), expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("form", [erf_gelu, tanh_gelu])
+def test_compiled_it_hands_its_gradient_on(form, dtype):
+    "torch 2.11 lost it, without a word, where the last cast changed nothing."
+    x = torch.linspace(-4, 4, 50, dtype=dtype, requires_grad=True)
+    torch.compiler.reset()
+    got, want = (torch.autograd.grad(made(x * 2).sum(), x)[0] for made in (torch.compile(form, backend="eager"), form))
+    torch.testing.assert_close(got, want)
+    assert want.abs().sum() > 1
+
+
 def test_nothing_wide_is_kept_for_the_backward_pass():
     "What is saved is the 16-bit input alone, as torch's own does."
     saved, x = [], torch.randn(64, 8).bfloat16().requires_grad_()

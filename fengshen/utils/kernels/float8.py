@@ -76,7 +76,8 @@ def scaled_product(a_mk, a_scale, b_kn, b_scale, bias_n=None, dtype=torch.bfloat
         return torch._scaled_mm(a_mk, b_kn, scale_a=a_scale, scale_b=b_scale, bias=bias_n, out_dtype=dtype, use_fast_accum=fast)
     with torch.autocast("cpu", enabled=False):
         out = (a_mk.float() @ b_kn.float()) * a_scale * b_scale
-        return (out if bias_n is None else out + bias_n.float()).to(dtype)
+        out = out if bias_n is None else out + bias_n.float()
+        return out if out.dtype == dtype else out.to(dtype)  # a cast that changes nothing would cost the gradient, see `ErfGelu`
 
 # %% ../../../nbs/api/utils/kernels/float8.ipynb #9fc4b835
 class Float8Product(torch.autograd.Function):

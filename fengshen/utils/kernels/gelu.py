@@ -52,7 +52,8 @@ class ErfGelu(torch.autograd.Function):
         "x times the share below it."
         ctx.save_for_backward(x)
         y = wide(x)
-        return (y * below(y)[0]).to(x.dtype)
+        out = y * below(y)[0]
+        return out if out.dtype == x.dtype else out.to(x.dtype)  # a cast that changes nothing: compiled by torch 2.11, the result has no gradient (pytorch/pytorch#180642)
 
     @staticmethod
     def backward(ctx, grad):
