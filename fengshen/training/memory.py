@@ -527,8 +527,9 @@ def disk_parts(setting) -> list:
 
 # %% ../../nbs/api/training/memory.ipynb #a5bfc9e0
 def logits_part(config, tokens, chunk, setting) -> Part:
-    "Logits of a chunk, and what the loss makes of them."
-    n, each = min(chunk or tokens, tokens), 16 if "16" in setting.precision else 12
+    "Logits of a chunk, and what the loss makes of them; where the head is not trained, they alone, as they become their gradient in place."
+    frozen = chunk and setting.counts.trained < setting.counts.all and setting.layout.stage < 3
+    n, each = min(chunk or tokens, tokens), (4 if frozen else 16) if "16" in setting.precision else 12
     return Part("logits", each * n * config.vocab_size, why=f"{each} bytes x {n:,} scored tokens x {config.vocab_size:,}")
 
 

@@ -1,4 +1,5 @@
 """The memory estimate against what is there: bytes of real models, gradients, optimizers and checkpoints, DeepSpeed's own estimators, and measured runs."""
+import importlib.util
 import json
 import subprocess
 import sys
@@ -263,11 +264,24 @@ def test_predictions_that_were_written_down_before(root):
     predicted = {row["name"]: row for row in map(json.loads, (root / "benchmarks/results/plan_predictions.jsonl").read_text("utf8").splitlines())}
     rows = list(map(json.loads, (root / "benchmarks/results/gpu.jsonl").read_text("utf8").splitlines()))
     other = {("gpt2_lora_20gb", 13)}  # bitsandbytes, while it was imported, kept the allocator from growing its segments: 19.2 GiB for 14.6
-    other |= {("gpt2_lora_20gb_budget", call) for call in (14, 15)}  # 17.1 for 14.7 and 15.0: the prediction took the budget for what torch keeps, see `DEAR`
+    other |= {("gpt2_lora_20gb_budget", call) for call in (14, 15, 18)}  # 17.1 for 14.7 to 15.0: the prediction took the budget for what torch keeps, see `DEAR`
+    other |= {("qwen3_lora_20gb_budget", 18)}  # 22.9 for 18.9: it counted the gradient of a head that is not trained
     held = [row for row in rows if row["name"] in predicted and row.get("reserved_gib") and (row["name"], row["call"]) not in other]
-    assert {"ours", "ours_80gb", "gpt2_110m", "gpt2_lora_20gb", "qwen3_8x2", "bert", "megatron_bert", "qwen3_lora", "two_zero2", "two_zero3"} <= {row["name"] for row in held}
+    assert {"ours", "ours_80gb", "gpt2_110m", "gpt2_lora_20gb", "qwen3_8x2", "bert", "megatron_bert", "qwen3_lora", "gpt2_lora", "two_zero2", "two_zero3", "two_110m_ddp"} <= {row["name"] for row in held}
     for row in held:
         assert predicted[row["name"]]["reserved_gib"] == pytest.approx(row["reserved_gib"], rel=0.1), row["name"]
+    short = next(row for row in rows if row["name"] == "ours_32")
+    assert predicted["ours_32"]["reserved_gib"] > predicted["ours_32"]["card_gib"] and "out of memory" in short["error"]
+
+
+def test_adapters_under_a_budget_need_what_is_estimated_today(root):
+    "Both models, whose predictions were off before: within 5%."
+    spec = importlib.util.spec_from_file_location("plan_memory", root / "benchmarks/plan_memory.py")
+    plan_memory = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(plan_memory)
+    rows = {row["name"]: row["reserved_gib"] for row in map(json.loads, (root / "benchmarks/results/gpu.jsonl").read_text("utf8").splitlines()) if row["call"] == 18}
+    for name in ("gpt2_lora_20gb_budget", "qwen3_lora_20gb_budget"):
+        assert plan_memory.predict(name)["reserved_gib"] == pytest.approx(rows[name], rel=0.05), name
 
 
 @settings(max_examples=15, deadline=None)
