@@ -443,6 +443,9 @@ def kept_by_formula(
     return Kept(layers * block, layers * block, layers * 2 * unit + block, 0, layers * 2 * unit, layers)
 
 
+FOLLOWED = {}  # what has been found, by model and shape
+
+
 def kept_or_formula(
     config,  # A Hugging Face config
     rows,  # Rows of a micro-batch
@@ -454,9 +457,6 @@ def kept_or_formula(
     "(Kept, how it was found); a model is followed once for each shape of its batches."
     key = type(config), config.to_json_string(use_diff=False), rows, length, setting.width, setting.precision, attention, auto
     return FOLLOWED[key] if key in FOLLOWED else FOLLOWED.setdefault(key, follow(config, rows, length, setting, attention, auto))
-
-
-FOLLOWED = {}
 
 
 def counted(config, auto, lora) -> Counts:
