@@ -133,8 +133,8 @@ for model, title in (("gpt2_3b6", "3.56B"), ("qwen3_4b", "Qwen3-4B-type")):
     peer(f"{short}_qlora_hf", f"{title} QLoRA r=16 zh, 16,384 tokens a step", model, lora=True, four_bit=True, states=FOUR)
     peer(f"{short}_qlora_hf_10gb", f"{title} QLoRA r=16 zh, 16,384 tokens a step", model, lora=True, four_bit=True, rows=2, accumulate=8, states=FOUR)
 UNSLOTH = dict(lora=True, trainer="unsloth", tuned=True, states="bf16 base, fp32 LoRA, autocast")
-peer("qwen3_lora_unsloth", group, model, **UNSLOTH)
-peer("qwen3_lora_unsloth_checkpointing", group, model, checkpointing=True, **UNSLOTH)
+for suffix, checkpointing in (("", False), ("_checkpointing", True)):
+    peer(f"qwen3_lora_unsloth{suffix}", ROWS["qwen3_lora"]["group"], "qwen3_4b", checkpointing=checkpointing, **UNSLOTH)
 QWEN = "Qwen3-4B-type full zh, 16,384 tokens a step"
 ours("qwen3", QWEN, "qwen3_4b", states=MASTER, **FAST)
 ours("qwen3_8x2", QWEN, "qwen3_4b", rows=8, accumulate=2, states=MASTER, **FAST)

@@ -126,9 +126,9 @@ def plan(
         possible += [found] * (rows > 0)
     if possible:
         return possible[0]
-    rows = f"{micro_batch} rows, which were asked for," if micro_batch and micro_batch > 1 else "one row"
+    rows, fewer = (f"{micro_batch} rows", "fewer rows at once (data.micro_batch), ") if micro_batch and micro_batch > 1 else ("one row", "")
     raise ValueError(explain("this model does not fit these devices", f"{size_text(smallest)} at least, for {rows} of {step.length:,} tokens", f"{size_text(SPARE * room)}, nine tenths of a device",
-                             "take a smaller model or data.max_length, more devices, or an adapter (model.lora)"))
+                             f"take {fewer}a smaller model or data.max_length, more devices, or an adapter (model.lora)"))
 
 # %% ../../nbs/api/training/placement.ipynb #ae024466
 def accumulation(

@@ -176,12 +176,19 @@ def test_a_compiled_block_with_wide_rows_is_the_block(activation):
     x_bld = drawn(2, 64, 2304)
     ours, right = compile_blocks(model)[0], plain.transformer.h[0]
     inputs = [x_bld.clone().requires_grad_() for _ in range(2)]
-    made = [block(x)[0] if isinstance(block(x), tuple) else block(x) for block, x in zip((ours, right), inputs)]
+    made = [first(block(x)) for block, x in zip((ours, right), inputs)]
     for y in made:
         (y * drawn(*y.shape, seed=3)).sum().backward()
     torch.testing.assert_close(made[0], made[1], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-3, atol=1e-3)
+    grads = [[x.grad, *(p.grad for p in block.parameters())] for block, x in zip((ours, right), inputs)]
+    for a, b in zip(*grads, strict=True):
+        assert b.norm() > 0 and (a - b).norm() < 1e-3 * b.norm()
     noisy = AutoModelForCausalLM.from_config(GPT2Config(**shape, resid_pdrop=0.5, attn_pdrop=0.0), dtype=torch.bfloat16).to(HERE).train()
     block = compile_blocks(noisy)[0]
-    one, two = (made[0] if isinstance(made, tuple) else made for made in (block(x_bld.bfloat16()), block(x_bld.bfloat16())))
+    one, two = (first(block(x_bld.bfloat16())) for _ in range(2))
     assert one.isfinite().all() and not torch.equal(one, two)
+
+
+def first(made):
+    "The states that a block gives, in a tuple or alone."
+    return made[0] if isinstance(made, tuple) else made

@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 from torch import nn
 from torch._inductor.choices import InductorChoices
 from torch._inductor.runtime.hints import ReductionHint
+from torch.overrides import TorchFunctionMode
 from transformers.activations import ACT2CLS, ACT2FN
 
 from fengshen.utils.device import seeded
 from fengshen.utils.kernels.compile import WholeRows
-from fengshen.utils.kernels.gelu import ErfGELU, TanhGELU, erf_gelu, one_exponential, tanh_gelu
+from fengshen.utils.kernels.float8 import scaled_product
+from fengshen.utils.kernels.gelu import ErfGELU, ErfGelu, TanhGELU, erf_gelu, one_exponential, tanh_gelu
 
 PAIRS = {"tanh": (tanh_gelu, lambda x: F.gelu(x, approximate="tanh")), "erf": (erf_gelu, F.gelu)}
 CLOSE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -78,6 +80,28 @@ def test_compiled_it_hands_its_gradient_on(form, dtype):
     got, want = (torch.autograd.grad(made(x * 2).sum(), x)[0] for made in (torch.compile(form, backend="eager"), form))
     torch.testing.assert_close(got, want)
     assert want.abs().sum() > 1
+
+
+class Casts(TorchFunctionMode):
+    "Notes what a cast that changes nothing gives back: the tensor itself."
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.same = [*getattr(self, "same", []), *([out] if function is torch.Tensor.to and out is args[0] else [])]
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_cast_that_changes_nothing_is_the_last_thing_a_function_does(dtype):
+    "What torch 2.11 trips over when it compiles an autograd.Function, on any torch: GELU's, and the 8-bit product of a CPU."
+    x = torch.ones(16, 16, dtype=dtype)
+    with Casts() as casts:
+        made = ErfGelu.forward(SimpleNamespace(save_for_backward=lambda *saved: None), x)
+    assert not any(made is tensor for tensor in casts.same)
+    a, scale = x.to(torch.float8_e4m3fn), torch.ones(())
+    with Casts() as casts:
+        made = scaled_product(a, scale, a.T, scale, dtype=torch.float32)
+    assert not any(made is tensor for tensor in casts.same)
 
 
 def test_nothing_wide_is_kept_for_the_backward_pass():

@@ -266,7 +266,7 @@ def test_predictions_that_were_written_down_before(root):
     other = {("gpt2_lora_20gb", 13)}  # bitsandbytes, while it was imported, kept the allocator from growing its segments: 19.2 GiB for 14.6
     other |= {("gpt2_lora_20gb_budget", call) for call in (14, 15, 18)}  # 17.1 for 14.7 to 15.0: the prediction took the budget for what torch keeps, see `DEAR`
     other |= {("qwen3_lora_20gb_budget", 18)}  # 22.9 for 18.9: it counted the gradient of a head that is not trained
-    held = [row for row in rows if row["name"] in predicted and row.get("reserved_gib") and (row["name"], row["call"]) not in other]
+    held = [row for row in rows if row["name"] in predicted and row.get("reserved_gib") and not row.get("error") and (row["name"], row["call"]) not in other]
     assert {"ours", "ours_80gb", "gpt2_110m", "gpt2_lora_20gb", "qwen3_8x2", "bert", "megatron_bert", "qwen3_lora", "gpt2_lora", "two_zero2", "two_zero3", "two_110m_ddp"} <= {row["name"] for row in held}
     for row in held:
         assert predicted[row["name"]]["reserved_gib"] == pytest.approx(row["reserved_gib"], rel=0.1), row["name"]
