@@ -263,9 +263,9 @@ def on_train_start(self: Checkpoints, trainer, module):
     if (self.folder / f"step-{trainer.global_step:08d}").exists():
         self.last_step = trainer.global_step  # a resumed run stands where this one was taken
     deep = hasattr(trainer.strategy, "deepspeed_engine")
+    self.size = self.size or sum(bytes_of(p) for p in module.parameters())
     if self.saves:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.size = self.size or sum(bytes_of(p) for p in module.parameters())
         wrong = trainer.strategy.broadcast(room(self.folder, self.size))
         if wrong:
             raise ValueError(explain("the disk will not hold a checkpoint of this run", wrong, "room for one more than is kept", "free some space, or choose another --run_dir"))
@@ -343,6 +343,7 @@ def save(self: Checkpoints, trainer, due):
     started = time.monotonic()
     self.settle()
     self.clock, self.last_step = started, trainer.global_step
+    self.folder.mkdir(parents=True, exist_ok=True)  # a run that saves nothing by itself does when it is asked to stop
     lacking = trainer.strategy.broadcast(room(self.folder, self.size) if trainer.is_global_zero else "")
     if lacking:
         self.fail(trainer.global_step, lacking)

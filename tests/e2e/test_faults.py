@@ -30,13 +30,14 @@ def said(run):
     return (run.parent / f"{run.name}.log").read_text()
 
 
-@pytest.mark.parametrize("name", ["SIGTERM while saving", *(pytest.param(name, marks=pytest.mark.slow) for name in ("SIGTERM", "SIGINT", "SIGUSR1"))])
+@pytest.mark.parametrize("name", ["SIGTERM while saving", *(pytest.param(name, marks=pytest.mark.slow) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGTERM where nothing is saved"))])
 @pytest.mark.slow
 def test_a_signal_saves_and_says_start_me_again(tmp_path, name):
     "Exit code 75, a checkpoint of the step that was computed, and a resumed run that equals a straight one."
     given = settings(tmp_path, **ONE | {"trainer.max_steps": 60, "checkpoint.every_n_steps": 1 if "saving" in name else 0})
+    stopped = given | ({"checkpoint.at_end": False} if "nothing" in name else {})
     straight, run = fit_here(tmp_path / "straight", **given), tmp_path / "stopped"
-    process = start(run, given)
+    process = start(run, stopped)
     until(lambda: partials(run) if "saving" in name else steps_done(run) >= 5, process)
     process.send_signal(getattr(signal, name.split()[0]))
     assert process.wait(timeout=120) == 75, said(run)
